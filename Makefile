@@ -1,0 +1,49 @@
+# Two commands: `make sample` draws digits, `make test` runs the tests. The rest is for developers.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+
+.PHONY: sample test test-gpu bench bench-gpu lint format info clean
+
+sample: $(VENV)/built
+	$(PY) -m ddpm_fast.sample --graphs
+
+test: $(VENV)/built
+	$(PY) -m pytest
+
+bench: $(VENV)/built
+	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json
+
+# These use $(PYTHON) with the torch it has, and install nothing.
+test-gpu bench-gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest $(if $(filter test-gpu,$@),tests,benchmarks --benchmark-only)
+
+lint: $(VENV)/built
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/built
+	$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+info: $(VENV)/built
+	$(PY) -m ddpm_fast.info
+
+clean:
+	rm -rf $(VENV) build ddpm_fast.egg-info ddpm_fast/_C*.so
+
+$(VENV)/installed: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "ddpm_fast needs Python 3.10 or newer: set PYTHON=... to one."; exit 1; }
+	@command -v $${CXX:-c++} g++ clang++ >/dev/null || { \
+	  echo "ddpm_fast needs a C++ compiler: install one (Debian, Ubuntu: g++)."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null || { \
+	  echo "ddpm_fast needs Python's venv: install it (Debian, Ubuntu: python3-venv)."; exit 1; }
+	$(PY) -m pip install --quiet --disable-pip-version-check -r constraints.txt
+	@touch $@
+
+$(VENV)/built: $(VENV)/installed $(CPP) CMakeLists.txt setup.py pyproject.toml
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
