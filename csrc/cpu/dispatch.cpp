@@ -1,0 +1,82 @@
+// Which instruction set the kernels use. Compiled for the lowest processor.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "../kernels.h"
+
+namespace ddpm_fast {
+namespace {
+
+struct Level {
+  const CpuKernels* kernels;
+  bool (*available)();
+};
+
+// Best last.
+const Level kLevels[] = {
+    {&kBaselineKernels, [] { return true; }},
+#ifdef DDPM_FAST_X86
+    {&kAvx2Kernels,
+     [] {
+       __builtin_cpu_init();
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     }},
+    {&kAvx512Kernels,
+     [] {
+       __builtin_cpu_init();
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("f16c");
+     }},
+#endif
+};
+
+std::atomic<const CpuKernels*> current{nullptr};
+
+const CpuKernels* best() {
+  const CpuKernels* found = nullptr;
+  for (const Level& level : kLevels) {
+    if (level.available()) found = level.kernels;
+  }
+  return found;
+}
+
+const CpuKernels* named(const char* name) {
+  std::string available;
+  for (const Level& level : kLevels) {
+    if (!level.available()) continue;
+    if (std::strcmp(level.kernels->name, name) == 0) return level.kernels;
+    available += (available.empty() ? "" : ", ") + std::string(level.kernels->name);
+  }
+  throw std::runtime_error(
+      "the CPU level \"" + std::string(name) +
+      "\" (DDPM_FAST_CPU) is not available here; this build on this CPU has: " + available + ".");
+}
+
+}  // namespace
+
+const CpuKernels& cpu_kernels() {
+  const CpuKernels* kernels = current.load(std::memory_order_acquire);
+  if (kernels == nullptr) {
+    const char* wanted = std::getenv("DDPM_FAST_CPU");
+    kernels = wanted != nullptr && *wanted != '\0' ? named(wanted) : best();
+    current.store(kernels, std::memory_order_release);
+  }
+  return *kernels;
+}
+
+void set_cpu_level(const char* name) { current.store(named(name), std::memory_order_release); }
+
+int cpu_levels(const char* names[3], bool available_only) {
+  int count = 0;
+  for (const Level& level : kLevels) {
+    if (!available_only || level.available()) names[count++] = level.kernels->name;
+  }
+  return count;
+}
+
+}  // namespace ddpm_fast

@@ -1,0 +1,84 @@
+// The kernels' interface: plain structs, raw pointers, sizes, a stream. No torch, no C++ library.
+#pragma once
+
+#include <stdint.h>
+
+namespace ddpm_fast {
+
+inline constexpr int kCoefficients = 16;        // floats in a row of the step's table, see StepRow
+inline constexpr int kIndexColumns = 4;         // timestep, noise step, flags, spare
+inline constexpr int32_t kLearnedVariance = 1;  // a bit of the flags
+inline constexpr int64_t kMaxElements = int64_t{1} << 34;  // a 32-bit counter of four elements
+inline constexpr int64_t kChunk = 4096;  // elements of one sample, the unit of parallel work
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+enum class Status : int32_t { kOk, kBadRow, kNotFinite };
+
+// Where element (sample, channel, pixel) lies, in elements: contiguous, channels_last, or a slice.
+struct Layout {
+  int64_t sample, channel, pixel;
+};
+
+struct RandnArgs {
+  float* out;  // (samples, elements), contiguous
+  const int64_t *seed, *sample_index;
+  int64_t samples, elements;
+  int32_t step, stream;
+};
+
+struct QSampleArgs {
+  float *x_t, *noise_out;  // noise_out: null when noise is given
+  const float *x_start, *noise;
+  const float* coefficients;  // (T, 2)
+  const int64_t *timesteps, *seed, *sample_index;
+  Layout layout;  // of all four
+  int64_t samples, channels, pixels, table_rows;
+  int32_t stream;
+};
+
+struct StepArgs {
+  float* out;
+  const float* x_t;
+  const void* model_output;
+  const float* noise;           // or null: drawn in registers
+  float* previous;              // or null: read for c2, then overwritten by pred_xstart
+  const float* guidance_scale;  // or null: model_output then has 2 * samples rows
+  const float* coefficients;    // (table_rows, 16)
+  const int32_t* index;         // (table_rows, 4)
+  const int64_t *row, *seed, *sample_index;
+  int32_t* status;  // or null: (code, row, sample, spare)
+  Layout out_layout, x_layout, model_layout, noise_layout, previous_layout;
+  int64_t samples, channels, pixels, table_rows;
+  DType model_dtype;
+  int32_t model_channels;  // channels, or twice that with learned variances
+};
+
+constexpr int64_t chunks_of(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
+
+// One instruction-set level. Ranges are in chunks: [0, samples * chunks_of(elements)).
+struct CpuKernels {
+  const char* name;
+  void (*randn)(const RandnArgs&, int64_t begin, int64_t end);
+  void (*q_sample)(const QSampleArgs&, int64_t begin, int64_t end);
+  // The first sample of the range with a value that is not finite, or -1; looked for only if
+  // there is a status word.
+  int64_t (*step)(const StepArgs&, int64_t begin, int64_t end);
+};
+
+// The level in use: DDPM_FAST_CPU (baseline, avx2, avx512), else the best that this CPU has.
+// Throws std::runtime_error if the variable asks for a level that is not there.
+const CpuKernels& cpu_kernels();
+void set_cpu_level(const char* name);  // likewise; for tests
+int cpu_levels(const char* names[3], bool available_only);
+
+extern const CpuKernels kBaselineKernels;
+extern const CpuKernels kAvx2Kernels;
+extern const CpuKernels kAvx512Kernels;
+
+// Launchers; each returns cudaError_t. A bad row leaves its sample as it was and sets the status.
+int cuda_randn(const RandnArgs& args, void* stream);
+int cuda_q_sample(const QSampleArgs& args, int32_t* status, void* stream);
+int cuda_step(const StepArgs& args, void* stream);
+const char* cuda_error_string(int code);
+
+}  // namespace ddpm_fast

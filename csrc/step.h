@@ -1,0 +1,76 @@
+// The update of a step on one vector of elements: the same operations on every instruction set.
+#pragma once
+
+#include "numerics.h"
+
+namespace ddpm_fast {
+namespace {
+
+struct StepRow {
+  float a, b, c0, c1, c2, c3, sigma, min_log, max_log, clip_lo, clip_hi;
+  int32_t noise_step;
+  bool learned;
+
+  DDPM_FAST_INLINE bool noisy() const { return learned || sigma != 0.0f; }
+};
+
+DDPM_FAST_INLINE StepRow step_row(const StepArgs& args, int64_t row) {
+  const float* c = args.coefficients + row * kCoefficients;
+  const int32_t* index = args.index + row * kIndexColumns;
+  return {c[0],
+          c[1],
+          c[2],
+          c[3],
+          c[4],
+          c[5],
+          c[6],
+          c[7],
+          c[8],
+          c[9],
+          c[10],
+          index[1],
+          (index[2] & kLearnedVariance) != 0};
+}
+
+// Multiply rounded, then add rounded; a term whose coefficient is 0 is skipped.
+template <class V>
+DDPM_FAST_INLINE typename V::F add_term(typename V::F sum, float coefficient, typename V::F x) {
+  return coefficient != 0.0f ? V::add(sum, V::mul(V::set(coefficient), x)) : sum;
+}
+
+template <class V>
+DDPM_FAST_INLINE typename V::F guide(typename V::F conditional, typename V::F unconditional,
+                                     float scale) {
+  return V::add(unconditional, V::mul(V::set(scale), V::sub(conditional, unconditional)));
+}
+
+template <class V>
+DDPM_FAST_INLINE typename V::F predict_xstart(const StepRow& row, typename V::F x_t,
+                                              typename V::F model_output) {
+  typename V::F sum = add_term<V>(V::set(0.0f), row.a, x_t);
+  sum = add_term<V>(sum, row.b, model_output);
+  return V::min(V::set(row.clip_hi), V::max(V::set(row.clip_lo), sum));
+}
+
+// The standard deviation that the model's extra channel v asks for, between the row's log bounds.
+template <class V>
+DDPM_FAST_INLINE typename V::F learned_sigma(const StepRow& row, typename V::F v) {
+  typename V::F fraction = V::mul(V::add(v, V::set(1.0f)), V::set(0.5f));
+  typename V::F rest = V::sub(V::set(1.0f), fraction);
+  typename V::F log_variance =
+      V::add(V::mul(fraction, V::set(row.max_log)), V::mul(rest, V::set(row.min_log)));
+  return exponential<V>(V::mul(V::set(0.5f), log_variance));
+}
+
+template <class V>
+DDPM_FAST_INLINE typename V::F combine(const StepRow& row, typename V::F pred_xstart,
+                                       typename V::F x_t, typename V::F previous,
+                                       typename V::F model_output) {
+  typename V::F sum = add_term<V>(V::set(0.0f), row.c0, pred_xstart);
+  sum = add_term<V>(sum, row.c1, x_t);
+  sum = add_term<V>(sum, row.c2, previous);
+  return add_term<V>(sum, row.c3, model_output);
+}
+
+}  // namespace
+}  // namespace ddpm_fast

@@ -1,0 +1,152 @@
+// Argument checks of the operators: each failure is one sentence that says what was wanted, what
+// came and, where it is not plain, what to do.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace ddpm_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// STD_TORCH_CHECK would put the source file's path into the message.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  message << "ddpm_fast: ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << ")";
+  return text.str();
+}
+
+inline void require_dtype(const char* name, const Tensor& t, ScalarType dtype) {
+  require(t.scalar_type() == dtype, name, " must be ", dtype_name(dtype), ", but it is ",
+          dtype_name(t.scalar_type()), ".");
+}
+
+inline void require_device(const char* name, const Tensor& t, const Tensor& like) {
+  require(t.is_cuda() == like.is_cuda() && t.is_cpu() == like.is_cpu() &&
+              (t.is_cpu() || t.get_device_index() == like.get_device_index()),
+          name, " must be on the same device as the other tensors; move it there with .to().");
+}
+
+inline void require_same_shape(const char* name, const Tensor& t, const char* like_name,
+                               const Tensor& like) {
+  bool same = t.dim() == like.dim();
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
+  require(same, name, " must have the shape of ", like_name, ", ", shape_text(like), ", but it is ",
+          shape_text(t), ".");
+}
+
+// One int64 per sample.
+inline Tensor per_sample(const char* name, const Tensor& t, int64_t samples, const Tensor& like) {
+  require_dtype(name, t, ScalarType::Long);
+  require_device(name, t, like);
+  require(t.dim() == 1 && t.size(0) == samples, name, " must have the shape (", samples,
+          ",), one per sample, but it is ", shape_text(t), ".");
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor table(const char* name, const Tensor& t, ScalarType dtype, int64_t columns,
+                    const Tensor& like) {
+  require_dtype(name, t, dtype);
+  require_device(name, t, like);
+  require(t.dim() == 2 && t.size(1) == columns, name, " must have the shape (rows, ", columns,
+          "), but it is ", shape_text(t), ".");
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// A sample's shape as channels and pixels; the memory order of a tensor in these terms, if its
+// pixels lie at one stride.
+struct Shape {
+  int64_t samples, channels = 1, pixels = 1;
+
+  explicit Shape(const Tensor& t) : samples(t.size(0)) {
+    if (t.dim() > 1) channels = t.size(1);
+    for (int64_t i = 2; i < t.dim(); ++i) pixels *= t.size(i);
+  }
+  int64_t elements() const { return channels * pixels; }
+};
+
+inline std::optional<Layout> layout_of(const Tensor& t) {
+  const Shape shape(t);
+  Layout layout{t.dim() > 0 ? t.stride(0) : 1, shape.pixels, 1};
+  int64_t inner = 0;  // pixels of the dimensions seen so far; 0 before the first
+  for (int64_t i = t.dim() - 1; i >= 2; --i) {
+    if (t.size(i) == 1) continue;
+    if (inner == 0) {
+      layout.pixel = t.stride(i);
+      inner = 1;
+    }
+    if (t.stride(i) != layout.pixel * inner) return std::nullopt;
+    inner *= t.size(i);
+  }
+  if (shape.channels > 1) layout.channel = t.stride(1);
+  return layout;
+}
+
+// `t` itself, or a contiguous copy if the kernels cannot walk it; never for a tensor written to.
+inline Tensor walkable(const Tensor& t) { return layout_of(t) ? t : torch::stable::contiguous(t); }
+
+inline void require_disjoint(const char* name_a, const Tensor& a, const char* name_b,
+                             const Tensor& b) {
+  auto range = [](const Tensor& t) {
+    const auto first = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    int64_t last = 0;
+    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+    return std::pair{first, first + static_cast<uintptr_t>(last + 1) * t.element_size()};
+  };
+  if (a.numel() == 0 || b.numel() == 0) return;
+  const auto [a0, a1] = range(a);
+  const auto [b0, b1] = range(b);
+  require(a1 <= b0 || b1 <= a0, name_a, " is written while ", name_b,
+          " is read, so they must not share memory; pass a clone.");
+}
+
+// A tensor that is written: every element at its own address, in an order the kernels can walk.
+inline Layout writable(const char* name, const Tensor& t) {
+  const std::optional<Layout> layout = layout_of(t);
+  bool distinct = layout.has_value();
+  for (int64_t i = 0; i < t.dim(); ++i) distinct &= t.size(i) <= 1 || t.stride(i) > 0;
+  require(distinct, name, " is written in place, so it must be contiguous or channels_last; ",
+          "pass a contiguous copy or use the form that returns a new tensor.");
+  return *layout;
+}
+
+}  // namespace ddpm_fast

@@ -1,0 +1,142 @@
+// The operators for torch, through LibTorch's stable ABI: one source for torch 2.11 and later.
+// Schemas and registrations are at the end; shapes and units are in ddpm_fast/ops.py.
+#include "torch_run.h"
+
+namespace ddpm_fast {
+
+// In torch_step.cpp.
+Tensor p_sample_step(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor index, Tensor row,
+                     Tensor seed, Tensor sample_index, std::optional<Tensor> noise,
+                     std::optional<Tensor> guidance_scale,
+                     std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status);
+void p_sample_step_(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor index, Tensor row,
+                    Tensor seed, Tensor sample_index, std::optional<Tensor> noise,
+                    std::optional<Tensor> guidance_scale,
+                    std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status);
+
+namespace {
+
+Tensor randn(Tensor seed, Tensor sample_index, std::vector<int64_t> shape, int64_t step,
+             int64_t stream) {
+  require(seed.dim() == 1, "seed must have the shape (N,), but it is ", shape_text(seed), ".");
+  const int64_t samples = seed.size(0);
+  seed = per_sample("seed", seed, samples, seed);
+  sample_index = per_sample("sample_index", sample_index, samples, seed);
+  require(step >= 0 && step < kMaxStep, "step must be between 0 and 2^20 - 1, but it is ", step,
+          ".");
+  require(stream >= 0 && stream < kMaxStream, "stream must be between 0 and 2^12 - 1, but it is ",
+          stream, ".");
+  std::vector<int64_t> sizes{samples};
+  for (int64_t size : shape) {
+    require(size >= 0, "shape must have no negative size, but it has ", size, ".");
+    sizes.push_back(size);
+  }
+  int64_t elements = 1;
+  for (int64_t size : shape) {
+    elements *= size;
+    require_elements(elements);
+  }
+  Tensor out = torch::stable::new_empty(seed, sizes, ScalarType::Float);
+  const RandnArgs args{
+      write<float>(out), read<int64_t>(seed),        read<int64_t>(sample_index), samples,
+      elements,          static_cast<int32_t>(step), static_cast<int32_t>(stream)};
+  if (out.is_cpu()) {
+    const CpuKernels& kernels = cpu_kernels();
+    over_chunks(samples, elements,
+                [&](int64_t begin, int64_t end) { kernels.randn(args, begin, end); });
+  } else {
+    launch(out, [&](void* s) { return cuda_randn(args, s); });
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor> q_sample(Tensor x_start, Tensor coefficients, Tensor timesteps,
+                                    Tensor seed, Tensor sample_index, std::optional<Tensor> noise) {
+  require_dtype("x_start", x_start, ScalarType::Float);
+  require(x_start.dim() >= 1, "x_start must have the samples as its first dimension.");
+  const Shape shape(x_start);
+  require_elements(shape.elements());
+  coefficients = table("coefficients", coefficients, ScalarType::Float, 2, x_start);
+  timesteps = per_sample("timesteps", timesteps, shape.samples, x_start);
+  seed = per_sample("seed", seed, shape.samples, x_start);
+  sample_index = per_sample("sample_index", sample_index, shape.samples, x_start);
+  Tensor x_t = torch::stable::empty_like(x_start);
+  // One layout serves all four: where they differ (a slice, say), the inputs are copied.
+  auto like_x_t = [&](const Tensor& t) {
+    for (int64_t i = 0; i < t.dim(); ++i) {
+      if (t.size(i) > 1 && t.stride(i) != x_t.stride(i)) {
+        Tensor same = torch::stable::empty_like(x_t);
+        return torch::stable::copy_(same, t);
+      }
+    }
+    return t;
+  };
+  const std::optional<Layout> layout = layout_of(x_t);
+  if (!layout)
+    return q_sample(torch::stable::contiguous(x_start), coefficients, timesteps, seed, sample_index,
+                    noise);
+  x_start = like_x_t(x_start);
+  if (noise) {
+    require_dtype("noise", *noise, ScalarType::Float);
+    require_device("noise", *noise, x_start);
+    require_same_shape("noise", *noise, "x_start", x_start);
+    noise = like_x_t(*noise);
+  }
+  const std::vector<int64_t> none{0};
+  Tensor drawn = noise ? torch::stable::new_empty(x_t, none) : torch::stable::empty_like(x_t);
+  const QSampleArgs args{write<float>(x_t),
+                         noise ? nullptr : write<float>(drawn),
+                         read<float>(x_start),
+                         noise ? read<float>(*noise) : nullptr,
+                         read<float>(coefficients),
+                         read<int64_t>(timesteps),
+                         read<int64_t>(seed),
+                         read<int64_t>(sample_index),
+                         *layout,
+                         shape.samples,
+                         shape.channels,
+                         shape.pixels,
+                         coefficients.size(0),
+                         1};
+  if (x_t.is_cpu()) {
+    for (int64_t n = 0; n < shape.samples; ++n) {
+      require(args.timesteps[n] >= 0 && args.timesteps[n] < args.table_rows, "timesteps[", n,
+              "] is ", args.timesteps[n], ", but the table has the rows 0 to ", args.table_rows - 1,
+              ".");
+    }
+    const CpuKernels& kernels = cpu_kernels();
+    over_chunks(shape.samples, shape.elements(),
+                [&](int64_t begin, int64_t end) { kernels.q_sample(args, begin, end); });
+  } else {
+    launch(x_t, [&](void* s) { return cuda_q_sample(args, nullptr, s); });
+  }
+  return {x_t, drawn};
+}
+
+#define DDPM_FAST_STEP_ARGUMENTS                                                      \
+  "Tensor model_output, Tensor coefficients, Tensor index, Tensor row, Tensor seed, " \
+  "Tensor sample_index, Tensor? noise=None, Tensor? guidance_scale=None, "
+
+STABLE_TORCH_LIBRARY(ddpm_fast, m) {
+  m.def("randn(Tensor seed, Tensor sample_index, SymInt[] shape, int step, int stream) -> Tensor");
+  m.def(
+      "q_sample(Tensor x_start, Tensor coefficients, Tensor timesteps, Tensor seed, "
+      "Tensor sample_index, Tensor? noise=None) -> (Tensor, Tensor)");
+  m.def("p_sample_step(Tensor x_t, " DDPM_FAST_STEP_ARGUMENTS
+        "Tensor(a!)? previous_pred_xstart=None, Tensor(b!)? status=None) -> Tensor");
+  m.def("p_sample_step_(Tensor(a!) x_t, " DDPM_FAST_STEP_ARGUMENTS
+        "Tensor(b!)? previous_pred_xstart=None, Tensor(c!)? status=None) -> ()");
+}
+
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("randn", TORCH_BOX(&randn));
+  m.impl("q_sample", TORCH_BOX(&q_sample));
+  m.impl("p_sample_step", TORCH_BOX(&p_sample_step));
+  m.impl("p_sample_step_", TORCH_BOX(&p_sample_step_));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CUDA, m) { implement(m); }
+
+}  // namespace
+}  // namespace ddpm_fast

@@ -1,0 +1,55 @@
+// Running a kernel on a tensor's device.
+#pragma once
+
+#include "torch_checks.h"
+
+namespace ddpm_fast {
+
+inline constexpr int64_t kGrain = 4;  // chunks that are worth a thread
+inline constexpr int64_t kMaxStep = int64_t{1} << 20, kMaxStream = int64_t{1} << 12;
+
+template <class T>
+const T* read(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* write(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+template <class Body>
+void over_chunks(int64_t samples, int64_t elements, const Body& body) {
+  torch::stable::parallel_for(0, samples * chunks_of(elements), kGrain, body);
+}
+
+inline void* current_stream(const Tensor& t) {
+  void* stream = nullptr;
+#ifdef DDPM_FAST_WITH_CUDA
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+#else
+  require(false, "this build has no CUDA kernels; use backend=\"reference\" on ",
+          t.is_cuda() ? "CUDA" : "this device", ", or build beside a CUDA torch.");
+#endif
+  return stream;
+}
+
+// Runs body(stream) with the tensor's device current, and turns a CUDA error into a sentence.
+template <class Body>
+void launch(const Tensor& t, const Body& body) {
+  void* stream = current_stream(t);
+#ifdef DDPM_FAST_WITH_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
+  const int code = body(stream);
+  require(code == 0, "a CUDA kernel failed: ", cuda_error_string(code), ".");
+#else
+  (void)stream;
+  (void)body;
+#endif
+}
+
+inline void require_elements(int64_t elements) {
+  require(elements <= kMaxElements, "a sample may have 2^34 elements, but this one has ", elements,
+          ".");
+}
+
+}  // namespace ddpm_fast

@@ -1,0 +1,192 @@
+// The fused step for torch: its checks, and the two forms of the operator.
+#include <atomic>
+
+#include "torch_run.h"
+
+namespace ddpm_fast {
+namespace {
+
+// The optional tensors of a step, and what is checked about all arguments but x_t's output.
+struct StepInputs {
+  Tensor x_t, model_output, coefficients, index, row, seed, sample_index;
+  std::optional<Tensor> noise, guidance_scale, previous, status;
+};
+
+DType model_dtype(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      break;
+  }
+  require(false, "model_output must be float32, bfloat16 or float16, but it is ",
+          dtype_name(t.scalar_type()), ".");
+  return DType::kFloat32;
+}
+
+// The channels of model_output: C, or 2 C with a learned variance.
+int32_t model_channels(const StepInputs& in, const Shape& shape) {
+  const Tensor &x = in.x_t, &model = in.model_output;
+  const int64_t samples = in.guidance_scale ? 2 * shape.samples : shape.samples;
+  bool same = model.dim() == x.dim() && model.size(0) == samples;
+  for (int64_t i = 2; same && i < x.dim(); ++i) same = model.size(i) == x.size(i);
+  const int64_t channels = same && x.dim() > 1 ? model.size(1) : shape.channels;
+  same = same && (channels == shape.channels || channels == 2 * shape.channels);
+  require(same, "model_output must have the shape of x_t, ", shape_text(x),
+          in.guidance_scale ? ", with twice the samples (conditional, then unconditional)" : "",
+          ", and C or 2 C channels, but it is ", shape_text(model), ".");
+  return static_cast<int32_t>(channels);
+}
+
+void check_optional(const StepInputs& in) {
+  if (in.noise) {
+    require_dtype("noise", *in.noise, ScalarType::Float);
+    require_device("noise", *in.noise, in.x_t);
+    require_same_shape("noise", *in.noise, "x_t", in.x_t);
+  }
+  if (in.guidance_scale) {
+    require_dtype("guidance_scale", *in.guidance_scale, ScalarType::Float);
+    require_device("guidance_scale", *in.guidance_scale, in.x_t);
+    require(in.guidance_scale->numel() == 1, "guidance_scale must have one element, but it is ",
+            shape_text(*in.guidance_scale), ".");
+  }
+  if (in.previous) {
+    require_dtype("previous_pred_xstart", *in.previous, ScalarType::Float);
+    require_device("previous_pred_xstart", *in.previous, in.x_t);
+    require_same_shape("previous_pred_xstart", *in.previous, "x_t", in.x_t);
+    require_disjoint("previous_pred_xstart", *in.previous, "x_t", in.x_t);
+    require_disjoint("previous_pred_xstart", *in.previous, "model_output", in.model_output);
+    if (in.noise) require_disjoint("previous_pred_xstart", *in.previous, "noise", *in.noise);
+  }
+  if (in.status) {
+    require_dtype("status", *in.status, ScalarType::Int);
+    require_device("status", *in.status, in.x_t);
+    require(in.status->dim() == 1 && in.status->size(0) == 4 && in.status->is_contiguous(),
+            "status must be contiguous, of shape (4,), but it is ", shape_text(*in.status), ".");
+  }
+}
+
+// On a CPU what is wrong with a row is said at once.
+void check_rows(const StepArgs& args, bool has_previous) {
+  for (int64_t n = 0; n < args.samples; ++n) {
+    const int64_t row = args.row[n];
+    require(row >= 0 && row < args.table_rows, "row[", n, "] is ", row,
+            ", but the table has the rows 0 to ", args.table_rows - 1, ".");
+    const int32_t* index = args.index + row * kIndexColumns;
+    require(index[1] >= 0 && index[1] < kMaxStep, "the noise step of row ", row, " is ", index[1],
+            ", but it must be between 0 and 2^20 - 1.");
+    require((index[2] & kLearnedVariance) == 0 || args.model_channels == 2 * args.channels, "row ",
+            row, " takes the variance from the model, but model_output has ", args.model_channels,
+            " channels instead of ", 2 * args.channels, ".");
+    const bool multistep = args.coefficients[row * kCoefficients + 4] != 0.0f;
+    require(!multistep || has_previous, "row ", row,
+            " uses the previous pred_xstart; pass previous_pred_xstart.");
+  }
+}
+
+void run_on_cpu(const StepArgs& args, bool has_previous) {
+  check_rows(args, has_previous);
+  const CpuKernels& kernels = cpu_kernels();
+  std::atomic<int64_t> first_bad{args.samples};
+  over_chunks(args.samples, args.channels * args.pixels, [&](int64_t begin, int64_t end) {
+    const int64_t bad = kernels.step(args, begin, end);
+    int64_t seen = first_bad.load();
+    while (bad >= 0 && bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
+    }
+  });
+  const int64_t bad = first_bad.load();
+  if (args.status != nullptr && bad < args.samples && args.status[0] == 0) {
+    args.status[0] = static_cast<int32_t>(Status::kNotFinite);
+    args.status[1] = static_cast<int32_t>(args.row[bad]);
+    args.status[2] = static_cast<int32_t>(bad);
+  }
+}
+
+// `out` null: x_t is written in place.
+void run(StepInputs in, const Tensor* out) {
+  require_dtype("x_t", in.x_t, ScalarType::Float);
+  require(in.x_t.dim() >= 1, "x_t must have the samples as its first dimension.");
+  const Shape shape(in.x_t);
+  require_elements(shape.elements());
+  require_device("model_output", in.model_output, in.x_t);
+  const DType dtype = model_dtype(in.model_output);
+  const int32_t channels = model_channels(in, shape);
+  in.coefficients =
+      table("coefficients", in.coefficients, ScalarType::Float, kCoefficients, in.x_t);
+  in.index = table("index", in.index, ScalarType::Int, kIndexColumns, in.x_t);
+  require(in.index.size(0) == in.coefficients.size(0), "index and coefficients must have as many ",
+          "rows, but they have ", in.index.size(0), " and ", in.coefficients.size(0), ".");
+  in.row = per_sample("row", in.row, shape.samples, in.x_t);
+  in.seed = per_sample("seed", in.seed, shape.samples, in.x_t);
+  in.sample_index = per_sample("sample_index", in.sample_index, shape.samples, in.x_t);
+  check_optional(in);
+  if (out == nullptr) {
+    require_disjoint("x_t", in.x_t, "model_output", in.model_output);
+    if (in.noise) require_disjoint("x_t", in.x_t, "noise", *in.noise);
+  }
+  const Tensor& target = out != nullptr ? *out : in.x_t;
+  const Layout out_layout = writable("x_t", target);
+  const Layout previous_layout =
+      in.previous ? writable("previous_pred_xstart", *in.previous) : Layout{};
+  if (out != nullptr) in.x_t = walkable(in.x_t);
+  in.model_output = walkable(in.model_output);
+  if (in.noise) in.noise = walkable(*in.noise);
+  StepArgs args{};
+  args.out = write<float>(target);
+  args.x_t = read<float>(in.x_t);
+  args.model_output = in.model_output.const_data_ptr();
+  args.noise = in.noise ? read<float>(*in.noise) : nullptr;
+  args.previous = in.previous ? write<float>(*in.previous) : nullptr;
+  args.guidance_scale = in.guidance_scale ? read<float>(*in.guidance_scale) : nullptr;
+  args.coefficients = read<float>(in.coefficients);
+  args.index = read<int32_t>(in.index);
+  args.row = read<int64_t>(in.row);
+  args.seed = read<int64_t>(in.seed);
+  args.sample_index = read<int64_t>(in.sample_index);
+  args.status = in.status ? write<int32_t>(*in.status) : nullptr;
+  args.out_layout = out_layout;
+  args.x_layout = *layout_of(in.x_t);
+  args.model_layout = *layout_of(in.model_output);
+  args.noise_layout = in.noise ? *layout_of(*in.noise) : Layout{};
+  args.previous_layout = previous_layout;
+  args.samples = shape.samples;
+  args.channels = shape.channels;
+  args.pixels = shape.pixels;
+  args.table_rows = in.coefficients.size(0);
+  args.model_dtype = dtype;
+  args.model_channels = channels;
+  if (target.is_cpu()) {
+    run_on_cpu(args, in.previous.has_value());
+  } else {
+    launch(target, [&](void* stream) { return cuda_step(args, stream); });
+  }
+}
+
+}  // namespace
+
+Tensor p_sample_step(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor index, Tensor row,
+                     Tensor seed, Tensor sample_index, std::optional<Tensor> noise,
+                     std::optional<Tensor> guidance_scale,
+                     std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status) {
+  Tensor out = torch::stable::empty_like(x_t);
+  if (!layout_of(out)) out = torch::stable::empty_like(torch::stable::contiguous(x_t));
+  run({x_t, model_output, coefficients, index, row, seed, sample_index, noise, guidance_scale,
+       previous_pred_xstart, status},
+      &out);
+  return out;
+}
+
+void p_sample_step_(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor index, Tensor row,
+                    Tensor seed, Tensor sample_index, std::optional<Tensor> noise,
+                    std::optional<Tensor> guidance_scale,
+                    std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status) {
+  run({x_t, model_output, coefficients, index, row, seed, sample_index, noise, guidance_scale,
+       previous_pred_xstart, status},
+      nullptr);
+}
+
+}  // namespace ddpm_fast

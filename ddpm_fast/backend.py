@@ -1,0 +1,111 @@
+"""Which implementation of the operators is used, and why.
+
+The tensor's device picks CPU or CUDA. `DDPM_FAST_BACKEND` overrides "auto". What is asked for
+explicitly and cannot be had raises BackendError; what was chosen automatically may fall back to
+the reference, with one warning.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+
+NAMES = ("auto", "cpu", "cuda", "triton", "reference")
+BUILD_HINT = "build it with `pip install --no-build-isolation -e .` in the source tree"
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and is not available here."""
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from . import _C
+    except ImportError as error:
+        return None, str(error)
+    return _C, ""
+
+
+extension, extension_error = _load()
+
+
+def is_available() -> bool:
+    """Whether the compiled extension was found."""
+    return extension is not None
+
+
+def _missing() -> str:
+    return f"the compiled extension is missing ({extension_error}); {BUILD_HINT}"
+
+
+def _cpu(device: torch.device) -> tuple[bool, str]:
+    if device.type != "cpu":
+        return False, f"the tensors are on {device.type}"
+    if extension is None:
+        return False, _missing()
+    return True, f"compiled kernels, CPU level {extension.cpu_level()}"
+
+
+def _cuda(device: torch.device) -> tuple[bool, str]:
+    if device.type != "cuda":
+        return False, f"the tensors are on {device.type}"
+    if extension is None:
+        return False, _missing()
+    if not extension.build_config()["cuda_linked"]:
+        return False, "this build has no CUDA kernels; build it with nvcc beside a CUDA torch"
+    return True, "compiled CUDA kernels, which were never run on a GPU"
+
+
+def _triton(device: torch.device) -> tuple[bool, str]:
+    return False, "this version has no Triton kernels"
+
+
+def _reference(device: torch.device) -> tuple[bool, str]:
+    return True, "plain PyTorch and NumPy"
+
+
+_PROBES = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference}
+
+
+def _automatic(device: torch.device) -> tuple[str, str]:
+    if device.type == "cuda":
+        available, reason = _cuda(device)
+        if available:
+            reason = "the CUDA kernels were never run on a GPU, so they must be asked for by name"
+        return "reference", reason
+    available, reason = _cpu(device)
+    if available:
+        return "cpu", reason
+    warnings.warn(f"ddpm_fast uses its slow reference: {reason}.", stacklevel=4)
+    return "reference", reason
+
+
+@cache
+def _resolve(device_type: str, requested: str) -> tuple[str, str]:
+    device = torch.device(device_type)
+    source = "it was asked for"
+    if requested == "auto":
+        requested = os.environ.get("DDPM_FAST_BACKEND", "").strip() or "auto"
+        source = "DDPM_FAST_BACKEND asks for it"
+    if requested not in NAMES:
+        raise BackendError(f"the backend must be one of {', '.join(NAMES)}, not {requested!r}.")
+    if requested == "auto":
+        return _automatic(device)
+    available, reason = _PROBES[requested](device)
+    if not available:
+        raise BackendError(f"the backend {requested!r} is not available: {reason}.")
+    return requested, f"{source}: {reason}"
+
+
+@torch.compiler.assume_constant_result
+def resolve_backend(device: torch.device | str, requested: str = "auto") -> tuple[str, str]:
+    """(name, reason) of the backend for tensors on `device`.
+
+    requested: "auto", "cpu", "cuda", "triton" or "reference". Raises BackendError if what is asked
+    for, here or in DDPM_FAST_BACKEND, is not available. Answers are kept for the process.
+    """
+    return _resolve(torch.device(device).type, requested)

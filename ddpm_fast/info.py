@@ -1,0 +1,88 @@
+"""`python -m ddpm_fast.info`: what is installed and built, and which backend is used and why."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import warnings
+from importlib import metadata
+
+import torch
+
+from . import backend, noise
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _choice(device: str) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            name, reason = backend.resolve_backend(device)
+    except backend.BackendError as error:
+        return f"none: {error}"
+    return f"{name} ({reason})"
+
+
+def _cpu_levels() -> str:
+    if backend.extension is None:
+        return "none"
+    try:
+        used = backend.extension.cpu_level()
+    except RuntimeError as error:
+        return f"none: {error}"
+    return f"{', '.join(backend.extension.cpu_levels_available())}; in use: {used}"
+
+
+def report() -> list[tuple[str, str]]:
+    """The lines as (name, value)."""
+    lines = [
+        ("ddpm_fast", _version("ddpm_fast")),
+        ("noise contract", f"version {noise.VERSION}"),
+        ("python", f"{platform.python_version()} on {platform.machine()}"),
+        *((package, _version(package)) for package in ("torch", "numpy", "triton")),
+        ("threads", str(torch.get_num_threads())),
+    ]
+    if backend.extension is None:
+        lines.append(("extension", f"missing: {backend.extension_error}; {backend.BUILD_HINT}"))
+    else:
+        config = backend.extension.build_config()
+        lines += [
+            ("extension", f"built by {config['compiler']} ({config['build_type']})"),
+            ("built for torch", config["torch"]),
+            ("CPU levels built", ", ".join(config["cpu_levels"])),
+            ("CPU levels here", _cpu_levels()),
+            ("CUDA kernels", _cuda_kernels(config)),
+        ]
+    lines.append(("backend on cpu", _choice("cpu")))
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            lines.append((f"backend on cuda:{i}", _choice(f"cuda:{i}")))
+            lines.append((f"cuda:{i}", torch.cuda.get_device_name(i)))
+    else:
+        lines.append(("backend on cuda", "none: torch sees no CUDA device"))
+    return lines
+
+
+def _cuda_kernels(config: dict[str, object]) -> str:
+    state = "linked" if config["cuda_linked"] else "not compiled"
+    if config["cuda_compiled"] and not config["cuda_linked"]:
+        state = "compiled as a check, not linked (torch is a CPU build)"
+    return f"{state}; they were never run on a GPU and must be asked for by name"
+
+
+def main() -> int:
+    lines = report()
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The shipped models. How each was trained is in docs/models.md and in the file's metadata."""

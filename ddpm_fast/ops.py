@@ -1,0 +1,181 @@
+"""The fused operators: noise, the forward process, and one step of sampling.
+
+Each is `torch.ops.ddpm_fast.*`, registered in C++ (csrc/torch_ops.cpp), behind a typed function
+that picks the backend. All tensors of a call lie on one device. Equations are those of Ho et al.
+2020, "Denoising diffusion probabilistic models".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import fallback, noise
+from .backend import BackendError, is_available, resolve_backend
+
+__all__ = [
+    "BackendError",
+    "is_available",
+    "p_sample_step",
+    "p_sample_step_",
+    "q_sample",
+    "randn",
+    "resolve_backend",
+]
+
+
+def randn(
+    seed: Tensor,
+    sample_index: Tensor,
+    shape: Sequence[int],
+    step: int = 0,
+    stream: int = noise.SAMPLING,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Standard normals (N, *shape), float32: the noise contract (ddpm_fast/noise.py).
+
+    seed, sample_index: int64 (N,). shape: of one sample, in C, H, W order. step: 0 .. 2^20 - 1
+    (0 draws x_T). Raises RuntimeError or ValueError where an argument is not so, and BackendError
+    where `backend` is not available.
+    """
+    if resolve_backend(seed.device, backend)[0] == "reference":
+        return fallback.randn(seed, sample_index, shape, step, stream)
+    return torch.ops.ddpm_fast.randn.default(seed, sample_index, shape, step, stream)
+
+
+def q_sample(
+    x_start: Tensor,
+    coefficients: Tensor,
+    timesteps: Tensor,
+    seed: Tensor,
+    sample_index: Tensor,
+    noise: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Equation 4: (x_t, noise), x_t = coefficients[t, 0] * x_start + coefficients[t, 1] * noise.
+
+    x_start: float32 (N, ...). coefficients: float32 (T, 2), the square roots of alphas_cumprod and
+    of 1 - alphas_cumprod. timesteps, seed, sample_index: int64 (N,), timesteps in 0 .. T - 1.
+    noise: float32 of x_start's shape; if it is not given, that of stream 1, step 0.
+    Differentiable with respect to x_start. Raises RuntimeError or ValueError where an argument is
+    not so, and BackendError where `backend` is not available.
+    """
+    if resolve_backend(x_start.device, backend)[0] == "reference":
+        return fallback.q_sample(x_start, coefficients, timesteps, seed, sample_index, noise)
+    x_t, drawn = torch.ops.ddpm_fast.q_sample.default(
+        x_start, coefficients, timesteps, seed, sample_index, noise
+    )
+    return x_t, drawn if noise is None else noise
+
+
+def _refuse_grad(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "ddpm_fast: the sampling step is not differentiable; call it under torch.no_grad()."
+        )
+
+
+def p_sample_step(
+    x_t: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    index: Tensor,
+    row: Tensor,
+    seed: Tensor,
+    sample_index: Tensor,
+    noise: Tensor | None = None,
+    guidance_scale: Tensor | None = None,
+    previous_pred_xstart: Tensor | None = None,
+    status: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """One step of a plan, x_{t-1} of equations 7 and 11 for DDPM; returns it like x_t.
+
+    pred_xstart = clip(a * x_t + b * model_output), x_prev = c0 * pred_xstart + c1 * x_t
+    + c2 * previous_pred_xstart + c3 * model_output + sigma * noise.
+
+    x_t: float32 (N, C, ...). model_output: (N, C, ...), or 2 C channels where the model learns the
+    variance; float32, bfloat16 or float16; any memory order. With guidance_scale (float32, one
+    element) it has 2 N rows, conditional then unconditional, and
+    unconditional + scale * (conditional - unconditional) is used.
+    coefficients: float32 (S, 16), index: int32 (S, 4): a plan's table. row: int64 (N,), each
+    sample's row in it. seed, sample_index: int64 (N,), whose noise is drawn where a row has any,
+    unless `noise` (float32 like x_t) is given.
+    previous_pred_xstart: float32 like x_t, read where c2 is not 0, then overwritten by pred_xstart.
+    status: int32 (4,): code (2: a value that is not finite), row, sample; the first report stays.
+    Raises RuntimeError or ValueError where an argument is not so (no gradients, no shared memory
+    between what is read and written), and BackendError where `backend` is not available.
+    """
+    _refuse_grad(x_t, model_output, noise, previous_pred_xstart)
+    arguments = (x_t, model_output, coefficients, index, row, seed, sample_index, noise)
+    arguments += (guidance_scale, previous_pred_xstart, status)
+    if resolve_backend(x_t.device, backend)[0] == "reference":
+        return fallback.p_sample_step(*arguments)
+    return torch.ops.ddpm_fast.p_sample_step.default(*arguments)
+
+
+def p_sample_step_(
+    x_t: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    index: Tensor,
+    row: Tensor,
+    seed: Tensor,
+    sample_index: Tensor,
+    noise: Tensor | None = None,
+    guidance_scale: Tensor | None = None,
+    previous_pred_xstart: Tensor | None = None,
+    status: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """`p_sample_step` in place: x_t becomes x_prev, and is returned. x_t must be dense."""
+    _refuse_grad(x_t, model_output, noise, previous_pred_xstart)
+    arguments = (x_t, model_output, coefficients, index, row, seed, sample_index, noise)
+    arguments += (guidance_scale, previous_pred_xstart, status)
+    if resolve_backend(x_t.device, backend)[0] == "reference":
+        return x_t.copy_(fallback.p_sample_step(*arguments))
+    torch.ops.ddpm_fast.p_sample_step_.default(*arguments)
+    return x_t
+
+
+def _register() -> None:
+    """Fake implementations (shapes without data) and q_sample's gradient."""
+
+    @torch.library.register_fake("ddpm_fast::randn")
+    def _(seed, sample_index, shape, step, stream):
+        return seed.new_empty((seed.shape[0], *shape), dtype=torch.float32)
+
+    @torch.library.register_fake("ddpm_fast::q_sample")
+    def _(x_start, coefficients, timesteps, seed, sample_index, noise=None):
+        drawn = torch.empty_like(x_start) if noise is None else x_start.new_empty((0,))
+        return torch.empty_like(x_start), drawn
+
+    @torch.library.register_fake("ddpm_fast::p_sample_step")
+    def _(x_t, *args, **kwargs):
+        return torch.empty_like(x_t)
+
+    @torch.library.register_fake("ddpm_fast::p_sample_step_")
+    def _(x_t, *args, **kwargs):
+        return None
+
+    def setup_context(ctx, inputs, output):
+        _, coefficients, timesteps, *_ = inputs
+        ctx.save_for_backward(coefficients, timesteps)
+        ctx.mark_non_differentiable(output[1])
+
+    def backward(ctx, grad_x_t, grad_noise):
+        coefficients, timesteps = ctx.saved_tensors
+        scale = coefficients[timesteps, 0].reshape(-1, *[1] * (grad_x_t.ndim - 1))
+        return scale * grad_x_t, None, None, None, None, None
+
+    torch.library.register_autograd("ddpm_fast::q_sample", backward, setup_context=setup_context)
+
+
+if is_available():
+    _register()

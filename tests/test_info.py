@@ -1,0 +1,29 @@
+"""`python -m ddpm_fast.info`."""
+
+import subprocess
+import sys
+
+from ddpm_fast import backend, info
+
+
+def test_the_report_names_the_choice_and_its_reason():
+    lines = dict(info.report())
+    assert lines["noise contract"] == "version 1"
+    assert lines["backend on cpu"].split()[0] in ("cpu", "reference")
+    if backend.extension is not None:
+        assert "never run on a GPU" in lines["CUDA kernels"]
+        assert backend.extension.cpu_level() in lines["CPU levels here"]
+
+
+def test_the_command_prints_the_report():
+    run = subprocess.run(
+        [sys.executable, "-m", "ddpm_fast.info"], capture_output=True, text=True, check=True
+    )
+    assert "backend on cpu" in run.stdout and run.stderr == ""
+
+
+def test_a_missing_extension_is_named(monkeypatch):
+    monkeypatch.setattr(backend, "extension", None)
+    monkeypatch.setattr(backend, "extension_error", "No module named 'ddpm_fast._C'")
+    lines = dict(info.report())
+    assert "missing" in lines["extension"] and "pip install" in lines["extension"]
