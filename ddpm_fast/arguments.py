@@ -1,0 +1,46 @@
+"""Checks of arguments: each returns the value, or raises ValueError in one sentence."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+
+def shown(value: Any) -> str:
+    """`value` for an error sentence: on one line, not long."""
+    return " ".join(repr(value).split())[:80]
+
+
+def one_of(name: str, value: Any, options: Iterable[str]) -> str:
+    """`value` if it is one of `options`, else ValueError listing them."""
+    options = tuple(options)
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(
+            f"{name} must be one of {', '.join(options)}, but {shown(value)} was given."
+        )
+    return value
+
+
+def count(name: str, value: Any, low: int, high: int) -> int:
+    """`value` as an int in [low, high] (whole numbers only, no bool), else ValueError."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, but {shown(value)} was given.") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, but {shown(number)} was given.")
+    return number
+
+
+def real(name: str, value: Any, low: float = -np.inf, high: float = np.inf) -> float:
+    """`value` as a finite float in [low, high], else ValueError."""
+    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+        if abs(value) < np.inf and low <= value <= high:
+            return float(value)
+    wanted = "a finite number" if low == -np.inf else f"a number between {low} and {high}"
+    raise ValueError(f"{name} must be {wanted}, but {shown(value)} was given.")
