@@ -1,0 +1,163 @@
+"""Reading and writing models: safetensors with the whole configuration in the file's metadata.
+
+A safetensors file is numbers and JSON, so nothing in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import replacing
+from .plan import PREDICTION_TYPES, VARIANCE_TYPES
+from .schedule import NoiseSchedule
+from .unet import UNet
+from .unet_config import UNetConfig
+
+FORMAT = "ddpm_fast.model.1"
+SHIPPED = ("mnist",)
+
+
+class CheckpointError(ValueError):
+    """A model file that cannot be read; the message is one sentence for the user."""
+
+
+@dataclass
+class Model:
+    """A trained network and what it was trained for."""
+
+    unet: UNet
+    schedule: NoiseSchedule
+    prediction_type: str = "epsilon"
+    variance_type: str = "fixed_small"
+    provenance: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    sha256: str = ""
+
+    @property
+    def config(self) -> UNetConfig:
+        return self.unet.config
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a safetensors file; CheckpointError in one sentence if not one."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no {kind} at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file (truncated or of another format): {reason}"
+        ) from None
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file, whole or not at all."""
+    with replacing(path) as partial:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata)
+
+
+def save_model(
+    path: str | os.PathLike[str], model: Model, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write `model` to `path`, its weights stored as `dtype` (float16 halves the file)."""
+    config = {
+        "unet": model.config.to_dict(),
+        "schedule": model.schedule.config(),
+        "prediction_type": model.prediction_type,
+        "variance_type": model.variance_type,
+    }
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(config),
+        "provenance": json.dumps(model.provenance),
+    }
+    # state_dict's convolution weights may be channels_last; the file is always in logical order.
+    tensors = {name: value.to(dtype) for name, value in model.unet.state_dict().items()}
+    write_tensors(path, tensors, metadata)
+
+
+def model_path(name: str) -> Path:
+    """The file of a shipped model's name, or the path itself."""
+    if name in SHIPPED:
+        return Path(str(resources.files(__package__) / "models" / f"{name}.safetensors"))
+    path = Path(name)
+    if path.is_dir() and (path / "model.safetensors").is_file():
+        return path / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(
+            f"there is no model {name!r}: give the path of a model file, the folder of a training "
+            f"run, or the name of a shipped model ({', '.join(SHIPPED)})"
+        )
+    return path
+
+
+def _configured(path: Path, metadata: dict[str, str]) -> Model:
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is a safetensors file, but not a ddpm_fast model (format {FORMAT!r} wanted, "
+            f"{metadata.get('format')!r} found)"
+        )
+    try:
+        config = json.loads(metadata["config"])
+        prediction, variance = config["prediction_type"], config["variance_type"]
+        if prediction not in PREDICTION_TYPES or variance not in VARIANCE_TYPES:
+            raise ValueError(f"prediction type {prediction!r}, variance type {variance!r}")
+        with torch.device("meta"):
+            unet = UNet(UNetConfig.from_dict(config["unet"]))
+        return Model(
+            unet,
+            NoiseSchedule.from_config(config["schedule"]),
+            prediction,
+            variance,
+            json.loads(metadata.get("provenance", "{}")),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} describes no valid model: {error!r}"[:300]) from None
+
+
+def load_model(name: str | os.PathLike[str], device: torch.device | str = "cpu") -> Model:
+    """Read a model, ready to sample: float32 weights on `device`, eval mode.
+
+    Args:
+        name: "mnist" (shipped), a .safetensors file, or a training run's folder.
+    Raises ValueError in one sentence if there is no such file, CheckpointError if it is truncated,
+    of another format, of the wrong shapes, or holds a number that is not finite.
+    """
+    path = model_path(os.fspath(name))
+    tensors, metadata = read_tensors(path, "model")
+    model = _configured(path, metadata)
+    wanted = {key: value.shape for key, value in model.unet.state_dict().items()}
+    for key in sorted(wanted.keys() | tensors.keys()):
+        if key not in tensors or key not in wanted:
+            lack = "lacks" if key in wanted else "has an unknown tensor"
+            raise CheckpointError(f"{path} {lack} {key!r}: its weights and configuration disagree")
+        if tensors[key].shape != wanted[key]:
+            raise CheckpointError(
+                f"{path} has {key!r} of shape {tuple(tensors[key].shape)} where its configuration "
+                f"wants {tuple(wanted[key])}"
+            )
+        if not tensors[key].is_floating_point() or not tensors[key].isfinite().all():
+            raise CheckpointError(
+                f"{path} has {key!r} with values that are no finite numbers: it cannot be sampled"
+            )
+    weights = {key: value.to(device, torch.float32) for key, value in tensors.items()}
+    model.unet.load_state_dict(weights, assign=True)
+    model.unet.eval().requires_grad_(False)
+    model.name = os.fspath(name)
+    model.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return model

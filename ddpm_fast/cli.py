@@ -1,0 +1,31 @@
+"""What the commands share: how an error becomes one sentence and an exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from .checkpoint import CheckpointError
+from .data import DataError
+
+FAILURES = (CheckpointError, DataError, OSError, RuntimeError)
+
+
+def run(main: Callable[[], int | None], name: str) -> int:
+    """Call `main`; exit status 2 for what was asked wrongly, 1 for what failed, 130 when stopped."""
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        status, message = 130, "stopped"
+    except torch.OutOfMemoryError as error:
+        status, message = 1, f"out of device memory (a smaller --batch-size may fit): {error}"
+    except MemoryError:
+        status, message = 1, "out of memory (a smaller --batch-size may fit)"
+    except FAILURES as error:
+        status, message = 1, str(error)
+    except ValueError as error:
+        status, message = 2, str(error)
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    return status

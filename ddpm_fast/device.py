@@ -1,0 +1,43 @@
+"""Which device, and which number formats it is fast in."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device called `name`: "auto", "cpu", "cuda" or "cuda:i". ValueError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:i, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:i, got {name!r}")
+    if device.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= found:
+            raise ValueError(
+                f"device {name!r} was asked for, but this torch ({torch.__version__}) sees "
+                f"{found} CUDA devices: use --device cpu, or install a CUDA build of torch"
+            )
+    return device
+
+
+def is_bfloat16_fast(device: torch.device) -> bool:
+    """Whether the machine multiplies bfloat16 faster than float32 (AMX, AVX512-BF16, Ampere on)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The network's dtype: "auto" is bfloat16 where that is fast, float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if is_bfloat16_fast(device) else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be auto or one of {sorted(DTYPES)}, got {name!r}")
+    return DTYPES[name]

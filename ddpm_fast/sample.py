@@ -1,0 +1,222 @@
+"""python -m ddpm_fast.sample: draw samples from a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import __version__, cli, images, noise
+from .checkpoint import Model, load_model
+from .device import DTYPES, resolve_device, resolve_dtype
+from .files import replacing, write_text
+from .plan import METHODS
+from .sampler import Sampler
+from .schedule import SPACINGS
+
+GIF_FRAMES = 60
+GRID_SAMPLES = 256
+
+
+def _steps(text: str) -> int | str:
+    """A number, or OpenAI's sections ("10,15,20") or stride ("ddim50")."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m ddpm_fast.sample",
+        description="Draw samples from a trained DDPM.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--model", default="mnist", help="a shipped model's name, a file, or a run")
+    p.add_argument("--num-samples", type=int, default=64)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--start", type=int, default=0, help="index of the first sample of the seed")
+    p.add_argument("--batch-size", type=int, help="samples computed at once")
+    p.add_argument("--method", choices=tuple(METHODS), default="ddpm")
+    p.add_argument("--steps", type=_steps, help='a number, "10,15,20" or "ddim50"; default: all')
+    p.add_argument("--spacing", choices=SPACINGS, help="of a number of steps")
+    p.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 to 1")
+    p.add_argument("--class", dest="classes", help='"3", "0,1,2" or "all"; default: none asked')
+    p.add_argument("--guidance", type=float, default=1.0, help="classifier-free; 1 is off")
+    p.add_argument("--variance", choices=("fixed_small", "fixed_large"), help="default: the model's")
+    p.add_argument("--no-clip", action="store_true", help="let pred_xstart leave [-1, 1]")
+    p.add_argument("--graphs", action="store_true", help="capture the step in a CUDA graph")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")
+    p.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network")
+    backends = ("auto", "cpu", "cuda", "triton", "reference")
+    p.add_argument("--backend", choices=backends, default="auto", help="of the fused step")
+    p.add_argument("--out", default="samples", help="folder for the results")
+    p.add_argument("--npz", action="store_true", help="also one samples_NxHxWxC.npz")
+    p.add_argument("--gif", action="store_true", help="also the denoising as a moving picture")
+    p.add_argument("--quiet", action="store_true", help="print errors only")
+    return p
+
+
+def parse_classes(text: str | None, num_classes: int | None) -> list[int] | None:
+    """The class list of "--class": one number, several, or all."""
+    if text is None:
+        return None
+    if text == "all" and num_classes:
+        return list(range(num_classes))
+    try:
+        return [int(v) for v in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f'--class wants a number, several ("0,1,2") or "all", got {text!r}'
+        ) from None
+
+
+class Output:
+    """The folder of a run. Pictures are written as their batch ends; the rest at the end."""
+
+    def __init__(self, args: argparse.Namespace, sample_shape: Sequence[int]) -> None:
+        self.folder, self.args = Path(args.out), args
+        self.pictures = images.is_picture(sample_shape)
+        if args.gif and not self.pictures:
+            raise ValueError(f"--gif wants pictures, and the samples have shape {sample_shape}")
+        self.keep_all = args.npz or not self.pictures
+        self.kept: list[np.ndarray] = []
+        self.frames: dict[int, np.ndarray] = {}
+
+    def prepare(self) -> None:
+        """Find out before the work, not after it, whether the folder can be written."""
+        (self.folder / "images" if self.pictures else self.folder).mkdir(
+            parents=True, exist_ok=True
+        )
+        with replacing(self.folder / "run.json.probe") as partial:
+            partial.write_bytes(b"")
+        (self.folder / "run.json.probe").unlink()
+
+    def add(self, index: Tensor, x: Tensor) -> None:
+        """Write the pictures of a finished batch."""
+        if not self.pictures:
+            self.kept.append(x.cpu().numpy())
+            return
+        levels = images.to_uint8(x)
+        for i, level in zip(index.tolist(), levels, strict=True):
+            images.write_png(self.folder / "images" / f"{i:06d}.png", level)
+        room = len(levels) if self.keep_all else GRID_SAMPLES - sum(map(len, self.kept))
+        self.kept.append(levels[:room])
+
+    def frame(self, index: Tensor, done: int, x: Tensor, num_steps: int) -> None:
+        """Keep a frame of the moving picture: the first batch, evenly through its steps."""
+        stride = max(1, num_steps // GIF_FRAMES)
+        if int(index[0]) == self.args.start and (done % stride == 0 or done == num_steps):
+            self.frames[done] = images.grid(images.to_uint8(x))
+
+    def finish(self, labels: np.ndarray | None) -> Path:
+        """Write what shows the whole run; returns the path to tell the user."""
+        samples = np.concatenate(self.kept)
+        shown = self.folder / "grid.png"
+        if self.keep_all:
+            path = images.write_npz(self.folder, samples, labels)
+            shown = shown if self.pictures else path
+        if self.pictures:
+            images.write_grid(self.folder / "grid.png", samples[:GRID_SAMPLES])
+        if self.frames:
+            images.write_gif(self.folder / "denoising.gif", list(self.frames.values()))
+        return shown
+
+
+def record(args: argparse.Namespace, model: Model, sampler: Sampler, classes: object) -> dict:
+    """run.json: what decides the pictures, and what can change a last bit of them."""
+    decides = {
+        "model_sha256": model.sha256,
+        "schedule": model.schedule.config(),
+        **sampler.plan.describe(),
+        "classes": classes,
+        "guidance": args.guidance,
+        "seed": args.seed,
+        "noise_contract": noise.VERSION,
+        "dtype": str(sampler.dtype).removeprefix("torch."),
+    }
+    device = sampler.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    environment = {
+        "batch_size": args.batch_size,
+        "backend": sampler.backend,
+        "backend_reason": sampler.backend_reason,
+        "graphs": sampler.graphs,
+        "device": str(device),
+        "device_name": name or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "ddpm_fast": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    samples = {"model": model.name, "start": args.start, "num_samples": args.num_samples}
+    return {"decides": decides, "samples": samples, "environment": environment}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    model = load_model(args.model, device)
+    sampler = Sampler.from_model(
+        model,
+        dtype=dtype,
+        method=args.method,
+        steps=args.steps,
+        spacing=args.spacing,
+        eta=args.eta,
+        variance_type=args.variance,
+        clip_denoised=not args.no_clip,
+        guidance_scale=args.guidance,
+        backend=args.backend,
+        graphs=args.graphs,
+    )
+    classes = parse_classes(args.classes, sampler.num_classes)
+    if args.batch_size is None:
+        args.batch_size = sampler.default_batch_size(args.num_samples)
+    sampler.check(args.num_samples, args.seed, args.start, args.batch_size, classes)
+    output = Output(args, sampler.sample_shape)
+    output.prepare()
+    say = (lambda text: None) if args.quiet else print
+    if args.graphs and not sampler.graphs:
+        say(f"--graphs: there is nothing to capture on {device.type}, sampling step by step")
+
+    def frame(index: Tensor, done: int, x: Tensor) -> None:
+        output.frame(index, done, x, sampler.plan.num_steps)
+
+    began = time.perf_counter()
+    for index, x in sampler.stream(
+        args.num_samples,
+        seed=args.seed,
+        start=args.start,
+        batch_size=args.batch_size,
+        classes=classes,
+        progress=not args.quiet,
+        callback=frame if args.gif else None,
+    ):
+        output.add(index, x)
+    seconds = time.perf_counter() - began
+    indices = torch.arange(args.start, args.start + args.num_samples)
+    labels = None if classes is None else sampler.labels(indices, classes).numpy()
+    shown = output.finish(labels)
+    run = record(args, model, sampler, classes)
+    rate = args.num_samples / seconds
+    run["speed"] = {"seconds": round(seconds, 3), "images_per_second": round(rate, 3)}
+    write_text(output.folder / "run.json", json.dumps(run, indent=1) + "\n")
+    say(f"{args.num_samples} samples in {seconds:.1f} s ({rate:.2f} images/s): {shown}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, "ddpm_fast.sample"))

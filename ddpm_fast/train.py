@@ -1,0 +1,257 @@
+"""python -m ddpm_fast.train --data DIR --out RUN: train a DDPM."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import signal
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import __version__, cli
+from .checkpoint import Model, save_model
+from .data import Dataset, load_dataset
+from .device import resolve_device, resolve_dtype
+from .images import is_picture, to_uint8, write_grid
+from .plan import PREDICTION_TYPES
+from .sampler import Sampler
+from .schedule import NoiseSchedule
+from .training import Trainer, TrainSettings
+from .unet import UNet
+from .unet_config import UNetConfig
+
+SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(v) for v in text.split(",") if v)
+
+
+def _size(text: str) -> tuple[int, int]:
+    sizes = tuple(int(v) for v in text.lower().split("x"))
+    if len(sizes) > 2 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"wanted HxW or one number, got {text!r}")
+    return sizes if len(sizes) == 2 else (sizes[0], sizes[0])
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m ddpm_fast.train",
+        description="Train a DDPM (Ho et al. 2020) on images or series.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--data", required=True, help="IDX files, a folder of images, or an npz")
+    p.add_argument("--out", required=True, help="folder for checkpoints, log and sample grids")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    p.add_argument("--size", type=_size, help="scale and crop a folder's images to HxW")
+    p.add_argument("--unconditional", action="store_true", help="ignore the data's labels")
+
+    net = p.add_argument_group("network")
+    net.add_argument("--base-channels", type=int, default=64)
+    net.add_argument("--channel-mult", type=_numbers, default=(1, 2, 2), help="one per level")
+    net.add_argument("--num-res-blocks", type=int, default=2)
+    net.add_argument("--attention", type=_numbers, default=(), help="levels with attention, from 0")
+    net.add_argument("--num-heads", type=int, default=1)
+    net.add_argument("--norm-groups", type=int, default=32)
+    net.add_argument("--dropout", type=float, default=0.1)
+
+    process = p.add_argument_group("process")
+    process.add_argument("--schedule", choices=SCHEDULES, default="linear")
+    process.add_argument("--timesteps", type=int, default=1000, help="T")
+    process.add_argument("--prediction", choices=PREDICTION_TYPES, default="epsilon")
+
+    run = p.add_argument_group("optimisation")
+    defaults = {f.name: f.default for f in fields(TrainSettings)}
+    for name, text in (
+        ("steps", "updates in all"),
+        ("batch_size", "samples per update"),
+        ("lr", "peak learning rate of AdamW"),
+        ("warmup", "updates of linear warm-up"),
+        ("weight_decay", "of AdamW"),
+        ("ema", "decay of the averaged weights"),
+        ("clip_grad", "largest gradient norm"),
+        ("null_probability", "share of labels replaced by the null class"),
+        ("seed", "of everything random"),
+    ):
+        option, default = f"--{name.replace('_', '-')}", defaults[name]
+        run.add_argument(option, type=type(default), default=default, help=text)
+    run.add_argument("--lr-schedule", choices=("constant", "cosine"), default="constant")
+    run.add_argument("--flip", action="store_true", help="mirror half of the samples")
+
+    machine = p.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")
+    machine.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    machine.add_argument("--compile", action="store_true", help="torch.compile the network")
+    machine.add_argument("--save-every", type=int, default=1000, help="updates")
+    machine.add_argument("--sample-every", type=int, default=5000, help="updates; 0 is never")
+    machine.add_argument("--quiet", action="store_true", help="no progress bar")
+    return p
+
+
+def new_model(args: argparse.Namespace, data: Dataset, device: torch.device) -> Model:
+    if any(not 0 <= level < len(args.channel_mult) for level in args.attention):
+        raise ValueError(
+            f"--attention names levels 0 to {len(args.channel_mult) - 1}, got {args.attention}"
+        )
+    classes = None if args.unconditional else data.num_classes
+    config = UNetConfig(
+        in_channels=data.samples.shape[1],
+        sample_size=tuple(data.samples.shape[2:]),
+        base_channels=args.base_channels,
+        channel_mult=args.channel_mult,
+        num_res_blocks=args.num_res_blocks,
+        attention_levels=tuple(i in args.attention for i in range(len(args.channel_mult))),
+        num_heads=args.num_heads,
+        norm_groups=args.norm_groups,
+        dropout=args.dropout,
+        num_classes=classes,
+        null_class="row" if classes else "none",
+    )
+    torch.manual_seed(args.seed)
+    schedule = getattr(NoiseSchedule, args.schedule)(args.timesteps)
+    return Model(UNet(config).to(device), schedule, args.prediction)
+
+
+class Run:
+    """A training run's folder: checkpoint.safetensors, model.safetensors, log.csv, samples/."""
+
+    def __init__(self, args: argparse.Namespace, trainer: Trainer) -> None:
+        self.args, self.trainer, self.out = args, trainer, Path(args.out)
+        self.stop_signal: int | None = None
+        self.seconds, self.first = 0.0, 0
+        self.losses: list[torch.Tensor] = []
+        self.writer = None
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.out / "checkpoint.safetensors"
+
+    def start(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self.args.resume:
+            progress = self.trainer.load(self.checkpoint)
+            self.seconds, self.first = progress["seconds"], self.trainer.step_count
+        elif self.checkpoint.exists():
+            raise ValueError(
+                f"{self.out} already holds a training run: add --resume to go on with it, "
+                f"or give another --out"
+            )
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self.writer = SummaryWriter(str(self.out / "tensorboard"))
+
+    def log(self, rate: float) -> float:
+        """Average the losses since the last call into the log; returns that average."""
+        loss = torch.stack(self.losses).mean().item()
+        self.losses.clear()
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"the loss is {loss} at step {self.trainer.step_count}: lower --lr, or use "
+                f"--dtype float32; {self.checkpoint} holds the last good state"
+            )
+        step, lr = self.trainer.step_count, self.trainer.optimizer.param_groups[0]["lr"]
+        path = self.out / "log.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            rows = csv.writer(file)
+            if new:
+                rows.writerow(("step", "loss", "lr", "images_per_second", "seconds"))
+            rows.writerow((step, f"{loss:.6f}", f"{lr:.3e}", f"{rate:.1f}", f"{self.seconds:.0f}"))
+        if self.writer:
+            self.writer.add_scalar("loss", loss, step)
+        return loss
+
+    def save(self) -> None:
+        self.trainer.save(self.checkpoint, {"seconds": self.seconds})
+        model = self.trainer.averaged()
+        model.provenance = self.provenance()
+        save_model(self.out / "model.safetensors", model)
+
+    def provenance(self) -> dict:
+        return {
+            "command": ["python", "-m", "ddpm_fast.train", *self.args.command],
+            "data": self.trainer.data.checksums,
+            "step": self.trainer.step_count,
+            "seconds": round(self.seconds),
+            "ddpm_fast": __version__,
+            "torch": torch.__version__,
+        }
+
+    def sample(self) -> None:
+        """A grid of 64 samples of the averaged weights, by 50 steps of DDIM."""
+        model = self.trainer.averaged()
+        if not is_picture(model.config.sample_shape):
+            return
+        x = Sampler.from_model(model, method="ddim", steps=50).sample(64)
+        folder = self.out / "samples"
+        folder.mkdir(exist_ok=True)
+        write_grid(folder / f"{self.trainer.step_count:07d}.png", to_uint8(x))
+
+    def train(self) -> int:
+        """Until the last step or a signal; saves before it returns."""
+        t, batch = self.trainer, self.trainer.settings.batch_size
+        bar = tqdm(
+            total=t.settings.steps, initial=t.step_count, disable=self.args.quiet, unit="step"
+        )
+        began, before, logged = time.perf_counter(), self.seconds, self.first
+        rate = 0.0
+        with bar:
+            while t.step_count < t.settings.steps and self.stop_signal is None:
+                self.losses.append(t.step())
+                bar.update()
+                self.seconds = before + time.perf_counter() - began
+                if t.step_count % 50 == 0 or t.step_count == t.settings.steps:
+                    rate = (t.step_count - self.first) * batch / (self.seconds - before)
+                    bar.set_postfix_str(f"loss {self.log(rate):.4f}, {rate:.0f} samples/s")
+                    logged = t.step_count
+                if self.args.save_every and t.step_count % self.args.save_every == 0:
+                    self.save()
+                if self.args.sample_every and t.step_count % self.args.sample_every == 0:
+                    self.sample()
+        if self.losses and logged < t.step_count:
+            self.log(rate)
+        self.save()
+        return 0 if self.stop_signal is None else 128 + self.stop_signal
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    args.command = list(sys.argv[1:] if argv is None else argv)
+    device = resolve_device(args.device)
+    data = load_dataset(args.data, args.size)
+    values = {f.name: getattr(args, f.name) for f in fields(TrainSettings)}
+    for name in ("steps", "batch_size", "lr", "clip_grad"):
+        if values[name] <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {values[name]}")
+    model = new_model(args, data, device)
+    dtype = resolve_dtype(args.dtype, device)
+    run = Run(args, Trainer(model, data, TrainSettings(**values), dtype, args.compile))
+    run.start()
+
+    def stop(number: int, frame: object) -> None:
+        run.stop_signal = number
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    parameters = sum(p.numel() for p in model.unet.parameters())
+    print(
+        f"{len(data)} samples of {tuple(data.samples.shape[1:])}, {parameters:,} parameters, "
+        f"{device}, {str(dtype).removeprefix('torch.')}"
+    )
+    status = run.train()
+    word = "stopped" if status else "done"
+    step = run.trainer.step_count
+    print(f"{word} at step {step} of {run.trainer.settings.steps}: {run.out / 'model.safetensors'}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, "ddpm_fast.train"))

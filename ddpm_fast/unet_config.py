@@ -1,0 +1,134 @@
+"""The configuration of a U-Net: every convention in which published models differ is a field."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+EMBEDDING_ORDERS = ("sin_cos", "cos_sin", "interleaved")
+QKV_ORDERS = ("qkv", "heads")
+DOWNSAMPLE_PADDINGS = ("symmetric", "asymmetric")
+NULL_CLASSES = ("none", "row", "zero")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """What a U-Net is made of. The defaults are Ho et al.'s CIFAR-10 model (35,746,307 parameters).
+
+    Attributes:
+        in_channels: channels of x_t, and of the prediction.
+        sample_size: the spatial size the model was trained on, one number per dimension: (32, 32)
+            for images, (64,) for series. Its length is the number of spatial dimensions, 1 or 2.
+        base_channels, channel_mult: level i has base_channels * channel_mult[i] channels.
+        num_res_blocks: residual blocks per level on the way down; one more on the way up.
+        attention_levels: per level, whether self-attention follows each residual block.
+        mid_attention: self-attention between the two middle blocks.
+        num_heads, head_channels: the attention's head count, or the width of each head.
+        qkv_order: how the 3C rows of the projection are laid out: "qkv" is all queries, then keys,
+            then values; "heads" keeps each head's q, k, v together (guided-diffusion's default).
+        dropout: before each block's second convolution, in training only.
+        norm_groups, norm_eps: of every GroupNorm.
+        embedding_order, embedding_shift: the timestep embedding is sines and cosines of
+            t * 10000 ** (-i / (half - embedding_shift)), in this order.
+        downsample_padding: of the strided convolution: one on each side, or one at the end only.
+        scale_shift_norm: the time embedding scales and shifts the second norm, instead of being
+            added before it.
+        resblock_updown: residual blocks resample (ADM), instead of separate convolutions.
+        num_classes, null_class: class conditioning; the label `num_classes` means "no class" and
+            is a learned row, or adds zero; with "none" a label is always needed.
+        learn_sigma: predict 2 * in_channels; the second half parametrises the variance.
+    """
+
+    in_channels: int = 3
+    sample_size: tuple[int, ...] = (32, 32)
+    base_channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attention_levels: tuple[bool, ...] = (False, True, False, False)
+    mid_attention: bool = True
+    num_heads: int = 1
+    head_channels: int | None = None
+    qkv_order: str = "qkv"
+    dropout: float = 0.1
+    norm_groups: int = 32
+    norm_eps: float = 1e-6
+    embedding_order: str = "sin_cos"
+    embedding_shift: float = 1.0
+    downsample_padding: str = "asymmetric"
+    scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    num_classes: int | None = None
+    null_class: str = "none"
+    learn_sigma: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("sample_size", "channel_mult", "attention_levels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.dims not in (1, 2):
+            raise ValueError(f"sample_size must have 1 or 2 numbers, got {self.sample_size}")
+        if len(self.attention_levels) != len(self.channel_mult):
+            raise ValueError(
+                f"attention_levels needs one entry per level of channel_mult "
+                f"({len(self.channel_mult)}), got {len(self.attention_levels)}"
+            )
+        for name, allowed in (
+            ("embedding_order", EMBEDDING_ORDERS),
+            ("qkv_order", QKV_ORDERS),
+            ("downsample_padding", DOWNSAMPLE_PADDINGS),
+            ("null_class", NULL_CLASSES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.base_channels % 2:
+            raise ValueError(f"base_channels must be even, got {self.base_channels}")
+        for channels in self.level_channels:
+            if channels % self.norm_groups:
+                raise ValueError(
+                    f"norm_groups must divide every level's channels {self.level_channels}, "
+                    f"got {self.norm_groups}"
+                )
+            if channels % (self.head_channels or self.num_heads):
+                raise ValueError(
+                    f"the attention heads must divide every level's channels "
+                    f"{self.level_channels}, got {self.head_channels or self.num_heads}"
+                )
+        if self.null_class != "none" and self.num_classes is None:
+            raise ValueError(f"null_class={self.null_class!r} needs num_classes")
+        self.check_size(self.sample_size)
+
+    @property
+    def dims(self) -> int:
+        return len(self.sample_size)
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        return tuple(self.base_channels * m for m in self.channel_mult)
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of one sample, (C, *sample_size)."""
+        return (self.in_channels, *self.sample_size)
+
+    def check_size(self, size: tuple[int, ...]) -> None:
+        """Raise unless every level can be halved and doubled back to the same size."""
+        factor = 2 ** (len(self.channel_mult) - 1)
+        if len(size) != self.dims or any(s < 1 or s % factor for s in size):
+            raise ValueError(
+                f"a U-Net of {len(self.channel_mult)} levels needs {self.dims} spatial sizes that "
+                f"are multiples of {factor}, got {tuple(size)}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown U-Net fields {unknown}; this file needs a newer ddpm_fast")
+        return cls(**values)
