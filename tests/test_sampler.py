@@ -1,0 +1,218 @@
+"""The sampling loop: what it computes, and what its samples may depend on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddpm_fast import noise, reference
+from ddpm_fast.checkpoint import Model
+from ddpm_fast.sampler import Sampler
+from ddpm_fast.schedule import NoiseSchedule
+from ddpm_fast.unet import UNet
+from ddpm_fast.unet_config import UNetConfig
+
+SETTINGS = {"steps": 20, "backend": "cpu"}
+
+
+def tiny(**changes) -> Model:
+    """A small network with random, non-trivial weights everywhere."""
+    fields = {
+        "in_channels": 1,
+        "sample_size": (8, 8),
+        "base_channels": 8,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attention_levels": (False, True),
+        "norm_groups": 4,
+        "num_classes": 3,
+        "null_class": "row",
+    }
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(**(fields | changes)))
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return Model(unet.eval().requires_grad_(False), NoiseSchedule.linear(100, 1e-3, 0.2))
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return tiny()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": "ddim"},
+        {"method": "ddim", "eta": 0.7},
+        {"variance_type": "fixed_large"},
+        {"clip_denoised": False},
+        {"guidance_scale": 2.5},
+    ],
+    ids=str,
+)
+def test_fused_loop_equals_reference_loop(model, settings):
+    """Fifty steps in float32 on the fused kernel and on the reference give the same bytes."""
+    runs = [
+        Sampler.from_model(model, steps=50, backend=backend, **settings).sample(
+            3, seed=5, classes=[2, 0]
+        )
+        for backend in ("cpu", "reference")
+    ]
+    assert torch.equal(*runs)
+    assert runs[0].isfinite().all()
+
+
+def test_loop_is_the_published_chain(model):
+    """The whole loop against p_sample written out with the published formulas in float64."""
+    sampler = Sampler.from_model(model, steps=None, backend="cpu")
+    x = sampler.sample(2, seed=9, start=4, classes=[1])
+    unet = sampler.network.double()
+    labels = torch.tensor([1, 1])
+
+    def draw(step: int) -> torch.Tensor:
+        return torch.from_numpy(noise.randn(9, [4, 5], step, (1, 8, 8))).double()
+
+    want = draw(0)
+    for step, t in enumerate(reversed(range(100)), start=1):
+        times = torch.full((2,), t)
+        output = unet(want, times, labels)
+        want = reference.p_sample(model.schedule, output, want, times, draw(step)).sample
+    assert (x - want).abs().max() < 1e-3
+    assert want.abs().max() > 0.1
+
+
+def test_sample_does_not_depend_on_its_neighbours(model):
+    """Sample 42 is the same at any start, in any position, also in a padded last batch."""
+    sampler = Sampler.from_model(model, **SETTINGS)
+    run = {"seed": 3, "classes": [0, 1, 2], "batch_size": 4}
+    whole = sampler.sample(6, start=40, **run)
+    shifted = sampler.sample(1, start=42, **run)
+    assert torch.equal(whole[2], shifted[0])
+    assert torch.equal(whole, torch.cat([sampler.sample(1, start=i, **run) for i in range(40, 46)]))
+
+
+def test_batch_size_changes_no_noise():
+    """With a network whose arithmetic is exact at any batch size, nothing else differs."""
+    schedule = NoiseSchedule.linear(50, 1e-3, 0.3)
+    sampler = Sampler(lambda x, t: 0.25 * x, schedule, (3, 5, 7), backend="cpu")
+    runs = [sampler.sample(9, seed=1, batch_size=b) for b in (1, 4, 9)]
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+
+
+def test_seeds_and_samples_differ(model):
+    sampler = Sampler.from_model(model, **SETTINGS)
+    a, b = sampler.sample(2, seed=0), sampler.sample(2, seed=1)
+    assert torch.equal(a, sampler.sample(2, seed=0))
+    assert not torch.equal(a, b) and not torch.equal(a[0], a[1])
+    big = (1 << 64) - 1  # seeds are 64 bits without a sign
+    assert not torch.equal(a, sampler.sample(2, seed=big))
+
+
+def test_two_streams_of_one_sampler_may_alternate(model):
+    sampler = Sampler.from_model(model, **SETTINGS)
+    want = [sampler.sample(4, seed=s, batch_size=2) for s in (0, 1)]
+    streams = zip(*(sampler.stream(4, seed=s, batch_size=2) for s in (0, 1)), strict=True)
+    got = [torch.cat(x) for x in zip(*([a[1], b[1]] for a, b in streams), strict=True)]
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_guidance_of_one_is_off_and_zero_is_unconditional(model):
+    def draw(scale: float, classes) -> torch.Tensor:
+        sampler = Sampler.from_model(model, guidance_scale=scale, **SETTINGS)
+        return sampler.sample(2, classes=classes)
+
+    assert torch.equal(draw(1.0, [1]), Sampler.from_model(model, **SETTINGS).sample(2, classes=[1]))
+    assert (draw(0.0, [1]) - draw(1.0, None)).abs().max() < 1e-4
+    assert (draw(3.0, [1]) - draw(1.0, [1])).abs().max() > 1e-3
+
+
+def test_class_of_a_sample_follows_its_index(model):
+    sampler = Sampler.from_model(model, **SETTINGS)
+    assert sampler.labels(torch.arange(5, 9), [2, 0, 1]).tolist() == [1, 2, 0, 1]
+    assert sampler.labels(torch.arange(2), None).tolist() == [3, 3]
+
+
+def test_callback_sees_every_state(model):
+    seen = []
+    sampler = Sampler.from_model(model, **SETTINGS)
+    x = sampler.sample(
+        3, batch_size=2, callback=lambda i, done, x: seen.append((i.tolist(), done, x.clone()))
+    )
+    assert [s[1] for s in seen] == [*range(21), *range(21)]
+    assert seen[-1][0] == [2] and torch.equal(seen[-1][2], x[2:])
+    assert torch.equal(seen[0][2], torch.from_numpy(noise.randn(0, [0, 1], 0, (1, 8, 8))))
+
+
+@pytest.mark.parametrize("shape", [(2, 16), (4, 6, 10), (1, 4, 6, 2)])
+def test_any_callable_and_any_rank(shape):
+    def network(x, t):
+        assert x.dtype == torch.bfloat16 and t.dtype == torch.int64
+        return torch.tanh(x) * (t / 100).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+
+    runs = [
+        Sampler(
+            network,
+            NoiseSchedule.cosine(100),
+            shape,
+            prediction_type="v_prediction",
+            steps=10,
+            dtype=torch.bfloat16,
+            backend=backend,
+        ).sample(3, batch_size=2)
+        for backend in ("cpu", "reference")
+    ]
+    assert runs[0].shape == (3, *shape) and torch.equal(*runs)
+
+
+def test_learned_variance_model():
+    model = tiny(learn_sigma=True)
+    model.variance_type = "learned_range"
+    runs = [
+        Sampler.from_model(model, steps=20, backend=b, **v).sample(2)
+        for b in ("cpu", "reference")
+        for v in ({}, {"variance_type": "fixed_small"})
+    ]
+    assert torch.equal(runs[0], runs[2]) and torch.equal(runs[1], runs[3])
+    assert not torch.equal(runs[0], runs[1])
+
+
+def test_values_that_are_not_finite_are_named(model):
+    sampler = Sampler(
+        lambda x, t: torch.where(t.view(-1, 1, 1, 1) < 30, torch.nan, x),
+        NoiseSchedule.linear(50),
+        (1, 4, 4),
+        backend="cpu",
+    )
+    with pytest.raises(RuntimeError, match="sample 7 has a value that is not finite after step 21"):
+        sampler.sample(1, start=7)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_samples": 0}, "number of samples"),
+        ({"batch_size": 0}, "batch size"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 1 << 64}, "seed"),
+        ({"start": -1}, "first sample"),
+        ({"classes": [3]}, "no class 3"),
+        ({"classes": [-1]}, "no class -1"),
+    ],
+)
+def test_bad_runs_are_refused_in_a_sentence(model, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Sampler.from_model(model, **SETTINGS).sample(**({"num_samples": 1} | changes))
+    assert "\n" not in str(error.value)
+
+
+def test_conditions_that_a_model_lacks_are_refused():
+    plain = tiny(num_classes=None, null_class="none")
+    with pytest.raises(ValueError, match="without them"):
+        Sampler.from_model(plain, **SETTINGS).sample(1, classes=[0])
+    with pytest.raises(ValueError, match="null class"):
+        Sampler.from_model(plain, guidance_scale=2.0, **SETTINGS)
+    needy = tiny(null_class="none")
+    with pytest.raises(ValueError, match="always needs a class"):
+        Sampler.from_model(needy, **SETTINGS).sample(1)
