@@ -39,8 +39,8 @@ def count(name: str, value: Any, low: int, high: int) -> int:
 
 def real(name: str, value: Any, low: float = -np.inf, high: float = np.inf) -> float:
     """`value` as a finite float in [low, high], else ValueError."""
-    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
-        if abs(value) < np.inf and low <= value <= high:
-            return float(value)
+    is_real = isinstance(value, (int, float, np.integer, np.floating))
+    if is_real and not isinstance(value, bool) and abs(value) <= 1e300 and low <= value <= high:
+        return float(value)
     wanted = "a finite number" if low == -np.inf else f"a number between {low} and {high}"
     raise ValueError(f"{name} must be {wanted}, but {shown(value)} was given.")

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .arguments import shown
 from .files import replacing
 from .plan import PREDICTION_TYPES, VARIANCE_TYPES
 from .schedule import NoiseSchedule
@@ -26,6 +27,7 @@ from .unet_config import UNetConfig
 
 FORMAT = "ddpm_fast.model.1"
 SHIPPED = ("mnist",)
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class CheckpointError(ValueError):
@@ -34,7 +36,11 @@ class CheckpointError(ValueError):
 
 @dataclass
 class Model:
-    """A trained network and what it was trained for."""
+    """A trained network and what it was trained for.
+
+    prediction_type, variance_type: as in `plan`. provenance: JSON-able, how it was trained. name,
+    sha256: of the file it was read from.
+    """
 
     unet: UNet
     schedule: NoiseSchedule
@@ -50,13 +56,14 @@ class Model:
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a safetensors file; CheckpointError in one sentence if not one."""
+    """The tensors and metadata of a safetensors file; CheckpointError in one sentence if none."""
     if not path.is_file():
         raise CheckpointError(f"there is no {kind} at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except Exception as error:  # besides SafetensorError, torch's own for what it cannot hold
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{path} is not a readable safetensors file (truncated or of another format): {reason}"
@@ -74,7 +81,10 @@ def write_tensors(
 def save_model(
     path: str | os.PathLike[str], model: Model, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write `model` to `path`, its weights stored as `dtype` (float16 halves the file)."""
+    """Write `model` to `path`, its weights stored as `dtype` (float16 halves the file).
+
+    Raises ValueError for weights that are not finite in that dtype, OSError if it cannot write.
+    """
     config = {
         "unet": model.config.to_dict(),
         "schedule": model.schedule.config(),
@@ -88,6 +98,9 @@ def save_model(
     }
     # state_dict's convolution weights may be channels_last; the file is always in logical order.
     tensors = {name: value.to(dtype) for name, value in model.unet.state_dict().items()}
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name!r} is not finite in {dtype}: the model was not saved")
     write_tensors(path, tensors, metadata)
 
 
@@ -96,9 +109,9 @@ def model_path(name: str) -> Path:
     if name in SHIPPED:
         return Path(str(resources.files(__package__) / "models" / f"{name}.safetensors"))
     path = Path(name)
-    if path.is_dir() and (path / "model.safetensors").is_file():
+    if os.path.isfile(path / "model.safetensors"):
         return path / "model.safetensors"
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, also for a name too long to be one
         raise ValueError(
             f"there is no model {name!r}: give the path of a model file, the folder of a training "
             f"run, or the name of a shipped model ({', '.join(SHIPPED)})"
@@ -106,28 +119,36 @@ def model_path(name: str) -> Path:
     return path
 
 
-def _configured(path: Path, metadata: dict[str, str]) -> Model:
+def _configured(path: Path, metadata: dict[str, str], num_tensors: int) -> Model:
+    """The model that the metadata describes, its weights without memory yet."""
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is a safetensors file, but not a ddpm_fast model (format {FORMAT!r} wanted, "
-            f"{metadata.get('format')!r} found)"
+            f"{shown(metadata.get('format'))} found)"
         )
     try:
         config = json.loads(metadata["config"])
+        provenance = json.loads(metadata.get("provenance", "{}"))
         prediction, variance = config["prediction_type"], config["variance_type"]
         if prediction not in PREDICTION_TYPES or variance not in VARIANCE_TYPES:
             raise ValueError(f"prediction type {prediction!r}, variance type {variance!r}")
+        if not isinstance(provenance, dict):
+            raise ValueError("its provenance is no dict")
+        unet_config = UNetConfig.from_dict(config["unet"])
+        if unet_config.learn_sigma != variance.startswith("learned"):
+            raise ValueError(f"variance type {variance!r} and {unet_config.learn_sigma=}")
+        blocks = len(unet_config.channel_mult) * (2 * unet_config.num_res_blocks + 1) + 2
+        if 10 * blocks > num_tensors:  # each has ten; a small file must not cost long work
+            raise ValueError(f"{blocks} residual blocks, but {num_tensors} tensors are there")
         with torch.device("meta"):
-            unet = UNet(UNetConfig.from_dict(config["unet"]))
-        return Model(
-            unet,
-            NoiseSchedule.from_config(config["schedule"]),
-            prediction,
-            variance,
-            json.loads(metadata.get("provenance", "{}")),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} describes no valid model: {error!r}"[:300]) from None
+            unet = UNet(unet_config)
+        schedule = NoiseSchedule.from_config(config["schedule"])
+        return Model(unet, schedule, prediction, variance, provenance)
+    except KeyError as error:
+        raise CheckpointError(f"{path} describes no valid model: it lacks {error}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} describes no valid model: {reason}") from None
 
 
 def load_model(name: str | os.PathLike[str], device: torch.device | str = "cpu") -> Model:
@@ -140,24 +161,32 @@ def load_model(name: str | os.PathLike[str], device: torch.device | str = "cpu")
     """
     path = model_path(os.fspath(name))
     tensors, metadata = read_tensors(path, "model")
-    model = _configured(path, metadata)
-    wanted = {key: value.shape for key, value in model.unet.state_dict().items()}
-    for key in sorted(wanted.keys() | tensors.keys()):
-        if key not in tensors or key not in wanted:
-            lack = "lacks" if key in wanted else "has an unknown tensor"
-            raise CheckpointError(f"{path} {lack} {key!r}: its weights and configuration disagree")
-        if tensors[key].shape != wanted[key]:
-            raise CheckpointError(
-                f"{path} has {key!r} of shape {tuple(tensors[key].shape)} where its configuration "
-                f"wants {tuple(wanted[key])}"
-            )
-        if not tensors[key].is_floating_point() or not tensors[key].isfinite().all():
-            raise CheckpointError(
-                f"{path} has {key!r} with values that are no finite numbers: it cannot be sampled"
-            )
-    weights = {key: value.to(device, torch.float32) for key, value in tensors.items()}
-    model.unet.load_state_dict(weights, assign=True)
+    model = _configured(path, metadata, len(tensors))
+    weights = _checked_weights(path, model.unet, tensors)
+    model.unet.load_state_dict({k: v.to(device) for k, v in weights.items()}, assign=True)
     model.unet.eval().requires_grad_(False)
     model.name = os.fspath(name)
     model.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return model
+
+
+def _checked_weights(path: Path, unet: UNet, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as float32, if they are exactly the network's and finite."""
+    wanted = {key: value.shape for key, value in unet.state_dict().items()}
+    for key in sorted(wanted.keys() | tensors.keys()):
+        shown = ascii(key)[:100]
+        if key not in tensors or key not in wanted:
+            lack = "lacks" if key in wanted else "has an unknown tensor"
+            raise CheckpointError(f"{path} {lack} {shown}: its weights and configuration disagree")
+        if tensors[key].shape != wanted[key]:
+            raise CheckpointError(
+                f"{path} has {shown} of shape {tuple(tensors[key].shape)} where its configuration "
+                f"wants {tuple(wanted[key])}"
+            )
+        if tensors[key].dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(f"{path} has {shown} of {tensors[key].dtype}, which is no weight")
+        if not tensors[key].float().isfinite().all():
+            raise CheckpointError(
+                f"{path} has {shown} with values that are not finite: it cannot be sampled"
+            )
+    return {key: value.float() for key, value in tensors.items()}

@@ -14,7 +14,10 @@ FAILURES = (CheckpointError, DataError, OSError, RuntimeError)
 
 
 def run(main: Callable[[], int | None], name: str) -> int:
-    """Call `main`; exit status 2 for what was asked wrongly, 1 for what failed, 130 when stopped."""
+    """Call `main`; its status, 2 for what was asked wrongly, 1 for what failed, 130 if stopped.
+
+    An error becomes one line on stderr, after `name`.
+    """
     try:
         return main() or 0
     except KeyboardInterrupt:

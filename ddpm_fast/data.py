@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -23,7 +25,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples (N, C, *size), uint8 or float32 in [-1, 1], and labels (N,) int64 or None."""
+    """Samples (N, C, *size), uint8 or float32 in [-1, 1], and labels (N,) int64 or None.
+
+    checksums: what tells this data from other, by file.
+    """
 
     samples: Tensor
     labels: Tensor | None
@@ -34,10 +39,11 @@ class Dataset:
 
     @property
     def num_classes(self) -> int | None:
+        """One more than the largest label; None without labels."""
         return None if self.labels is None else int(self.labels.max()) + 1
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x_start (B, C, *size) float32 in [-1, 1], and its labels."""
+        """x_start (B, C, *size) float32 in [-1, 1], and its labels, of the `indices` (B,) int64."""
         x = self.samples[indices]
         if x.dtype == torch.uint8:
             x = x.float() / 127.5 - 1.0
@@ -45,35 +51,52 @@ class Dataset:
 
 
 def _checksum(path: Path) -> str:
+    digest = hashlib.md5()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An IDX array (the format of the MNIST files), gzipped or not."""
+    """An IDX array (the format of the MNIST files), gzipped or not; DataError if it is none."""
     try:
-        data = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
         zero, kind, rank = struct.unpack(">HBB", data[:4])
-        shape = struct.unpack(f">{rank}I", data[4 : 4 + 4 * rank])
         if zero != 0 or kind not in IDX_DTYPES:
-            raise ValueError("no IDX header")
-        return np.frombuffer(data, IDX_DTYPES[kind], offset=4 + 4 * rank).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error) as error:
+            raise ValueError("it does not begin as one")
+        shape = struct.unpack(f">{rank}I", data[4 : 4 + 4 * rank])
+        values = np.frombuffer(data, IDX_DTYPES[kind], offset=4 + 4 * rank)
+        if values.size != math.prod(shape):
+            raise ValueError(f"it holds {values.size} values, and its header says {shape}")
+        return values.reshape(shape)
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise DataError(f"{path} is not a readable IDX file: {error}") from None
 
 
-def _find_idx(folder: Path, kind: str) -> Path | None:
-    """The training file of a kind (images-idx3, labels-idx1) in the folder."""
-    found = sorted(p for p in folder.iterdir() if kind in p.name.replace(".", "-"))
+def _find_images(folder: Path) -> Path | None:
+    """The IDX file of images in the folder: the training set's, if there are several."""
+    found = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    found = [p for p in found if "images-idx3" in p.name.replace(".", "-")]
     return next((p for p in found if p.name.startswith("train")), found[0] if found else None)
 
 
-def _from_idx(images: Path, labels: Path | None) -> Dataset:
+def _find_labels(images: Path) -> Path | None:
+    """The labels that lie beside a file of images, gzipped or not."""
+    name = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    paths = (images.with_name(name), images.with_name(f"{name}.gz"))
+    return next((p for p in paths if p != images and p.is_file()), None)
+
+
+def _from_idx(images: Path) -> Dataset:
     array = read_idx(images)
     if array.ndim != 3 or array.dtype != np.uint8:
         raise DataError(
             f"{images} must hold uint8 images (N, H, W), got {array.dtype} {array.shape}"
         )
+    labels = _find_labels(images)
     files = [images] + ([labels] if labels else [])
     return _dataset(
         torch.from_numpy(array[:, None].copy()), read_idx(labels) if labels else None, files
@@ -83,18 +106,22 @@ def _from_idx(images: Path, labels: Path | None) -> Dataset:
 def _from_npz(path: Path) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as file:
-            keys = list(file.keys())
-            array = file["arr_0" if "arr_0" in keys else keys[0]]
-            labels = file["arr_1"] if "arr_1" in keys else file["labels"] if "labels" in keys else None
+            names = [key for key in file if key not in ("arr_1", "labels")]
+            if not names:
+                raise ValueError("it holds no array of samples")
+            array = file["arr_0" if "arr_0" in names else names[0]]
+            labels = next((file[key] for key in ("arr_1", "labels") if key in file), None)
     except Exception as error:  # zipfile, zlib and NumPy each raise their own
         raise DataError(f"{path} is not a readable npz file: {error}") from None
+    if array.size == 0:
+        raise DataError(f"{path} holds no samples")
     if array.dtype == np.uint8 and array.ndim in (3, 4):  # (N, H, W) or (N, H, W, C) images
         array = array[:, None] if array.ndim == 3 else np.moveaxis(array, -1, 1)
         samples = torch.from_numpy(np.ascontiguousarray(array))
     elif array.dtype.kind == "f" and array.ndim in (3, 4):  # (N, C, L) series, (N, C, H, W) images
         samples = torch.from_numpy(array.astype(np.float32))
         low, high = samples.min().item(), samples.max().item()
-        if not (-1.0 <= low and high <= 1.0):
+        if not (low >= -1.0 and high <= 1.0):
             raise DataError(
                 f"{path} must hold floats in [-1, 1], got [{low:.4g}, {high:.4g}]: scale it first"
             )
@@ -106,50 +133,77 @@ def _from_npz(path: Path) -> Dataset:
     return _dataset(samples, labels, [path])
 
 
-def _read_image(path: Path, size: tuple[int, int] | None, mode: str | None) -> Image.Image:
+def _as_8_bit(image: Image.Image) -> Image.Image:
+    """Grey or RGB of 8 bits; 16-bit grey is scaled, which Pillow's own conversion does not do."""
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.float64) / 257.0
+        return Image.fromarray(levels.round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of more than 16 bits (mode {image.mode})")
+    return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
+
+
+def _read_image(path: Path, size: tuple[int, int] | None) -> np.ndarray:
+    """One picture, uint8 (H, W) or (H, W, 3), scaled and cropped to `size`, (H, W)."""
     try:
         with Image.open(path) as file:
-            image = file.convert(mode or ("L" if file.mode in ("1", "L", "I;16") else "RGB"))
-    except (OSError, UnidentifiedImageError, ValueError) as error:
+            image = _as_8_bit(file)
+    except Exception as error:  # Pillow raises SyntaxError, struct.error and its own besides
         raise DataError(f"{path} is not a readable image: {error}") from None
     if size is None or image.size == (size[1], size[0]):
-        return image
+        return np.asarray(image)
     height, width = size  # scale the shorter side, then cut the middle out
     scale = max(height / image.height, width / image.width)
     scaled = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     image = image.resize(scaled, Image.Resampling.LANCZOS)
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+def _find_pictures(folder: Path) -> list[Path]:
+    """The pictures anywhere below the folder, without hidden files and folders."""
+    return sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in IMAGE_SUFFIXES
+        and p.is_file()
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    )
 
 
 def _from_folder(folder: Path, size: tuple[int, int] | None) -> Dataset:
     """Images anywhere below the folder; if they lie in subfolders, each of those is a class."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = _find_pictures(folder)
     if not paths:
-        raise DataError(f"{folder} holds no IDX files, no npz and no images {IMAGE_SUFFIXES}")
-    first = _read_image(paths[0], size, None)
-    rows = []
+        raise DataError(f"{folder} holds no samples: no IDX files, no npz, no images")
+    rows: list[np.ndarray] = []
     for path in paths:
-        row = np.asarray(_read_image(path, size, first.mode))
-        if rows and row.shape != rows[0].shape:
+        rows.append(_read_image(path, size))
+        if rows[-1].shape[:2] != rows[0].shape[:2]:
             raise DataError(
-                f"{path} is {row.shape[1]}x{row.shape[0]}, the first image "
-                f"{rows[0].shape[1]}x{rows[0].shape[0]}: give --size HxW to scale and crop them"
+                f"{path} is {rows[-1].shape[0]}x{rows[-1].shape[1]} (HxW), the first image "
+                f"{rows[0].shape[0]}x{rows[0].shape[1]}: give --size HxW to scale and crop them"
             )
-        rows.append(row)
-    array = np.stack(rows)
-    array = array[:, None] if array.ndim == 3 else np.moveaxis(array, -1, 1)
+    if any(row.ndim == 3 for row in rows):  # one in colour makes all of them RGB
+        rows = [np.moveaxis(r, -1, 0) if r.ndim == 3 else np.stack((r, r, r)) for r in rows]
+    array = np.ascontiguousarray(np.stack(rows))
+    array = array[:, None] if array.ndim == 3 else array
     parents = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in paths]
     classes = sorted(set(parents))
+    if len(classes) > 1 and "" in classes:
+        raise DataError(
+            f"{folder} holds images both directly and in subfolders, which are classes: put them "
+            f"all in subfolders, or none"
+        )
     labels = np.array([classes.index(p) for p in parents]) if len(classes) > 1 else None
-    names = hashlib.md5("\n".join(str(p.relative_to(folder)) for p in paths).encode()).hexdigest()
-    data = _dataset(torch.from_numpy(np.ascontiguousarray(array)), labels, [])
-    return Dataset(data.samples, data.labels, {f"{len(paths)} file names": names})
+    data = _dataset(torch.from_numpy(array), labels, [])
+    checksums = {f"pixels of {len(paths)} images": hashlib.md5(array).hexdigest()}
+    return Dataset(data.samples, data.labels, checksums)
 
 
 def _dataset(samples: Tensor, labels: np.ndarray | None, files: list[Path]) -> Dataset:
-    if len(samples) == 0:
-        raise DataError(f"{files[0] if files else 'the data'} holds no samples")
+    if samples.numel() == 0:
+        raise DataError(f"{files[0]} holds no samples")
     if labels is not None:
         if labels.shape != (len(samples),) or labels.dtype.kind not in "iu" or labels.min() < 0:
             raise DataError(
@@ -164,17 +218,23 @@ def load_dataset(path: str | Path, size: tuple[int, int] | None = None) -> Datas
 
     Args:
         path: a folder with IDX files (train-images-idx3-ubyte[.gz] and its labels), a folder of
-            images (subfolders are classes), an IDX file, or an npz (arr_0, labels in arr_1).
+            images (subfolders are classes), an IDX file, or an npz (arr_0, labels in arr_1):
+            uint8 (N, H, W) or (N, H, W, C), or floats (N, C, L) or (N, C, H, W) in [-1, 1].
         size: (H, W) to scale and centre-crop a folder's images to.
-    Raises ValueError in one sentence if there is nothing there, DataError if it cannot be used.
+    Raises ValueError in one sentence if there is nothing there, or a size is given for what is no
+    folder of images; DataError if the data cannot be used.
     """
     path = Path(path)
-    if path.is_dir():
-        images = _find_idx(path, "images-idx3")
-        if images is not None:
-            return _from_idx(images, _find_idx(path, "labels-idx1"))
-        archives = sorted(path.glob("*.npz"))
-        return _from_npz(archives[0]) if len(archives) == 1 else _from_folder(path, size)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"there is no data at {path}: give a folder, an IDX file or an npz")
-    return _from_npz(path) if path.suffix == ".npz" else _from_idx(path, None)
+    if path.is_dir():
+        archives = sorted(path.glob("[!.]*.npz"))
+        if len(archives) > 1:
+            raise ValueError(f"{path} holds {len(archives)} npz files: give the path of one")
+        source = _find_images(path) or next(iter(archives), None)
+        if source is None:
+            return _from_folder(path, size)
+        path = source
+    if size is not None:
+        raise ValueError(f"only a folder of images can be scaled, and {path} is an array of them")
+    return _from_npz(path) if path.suffix == ".npz" else _from_idx(path)

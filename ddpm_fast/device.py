@@ -8,7 +8,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """The device called `name`: "auto", "cpu", "cuda" or "cuda:i". ValueError if it is not there."""
+    """The device called `name`: "auto", "cpu", "cuda" or "cuda:i"; ValueError if it is absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -24,7 +24,7 @@ def resolve_device(name: str = "auto") -> torch.device:
                 f"device {name!r} was asked for, but this torch ({torch.__version__}) sees "
                 f"{found} CUDA devices: use --device cpu, or install a CUDA build of torch"
             )
-    return device
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def is_bfloat16_fast(device: torch.device) -> bool:
@@ -35,7 +35,10 @@ def is_bfloat16_fast(device: torch.device) -> bool:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The network's dtype: "auto" is bfloat16 where that is fast, float32 elsewhere."""
+    """The network's dtype: "auto" is bfloat16 where that is fast, float32 elsewhere.
+
+    ValueError for a name that is neither "auto" nor in DTYPES.
+    """
     if name == "auto":
         return torch.bfloat16 if is_bfloat16_fast(device) else torch.float32
     if name not in DTYPES:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import ops
+from .arguments import real
 from .checkpoint import Model
 from .graphs import CapturedStep
 from .plan import Plan, make_plan
@@ -127,7 +128,7 @@ class Sampler:
         # Only compiled kernels can be captured, so asking for graphs is asking for them.
         wanted = "cuda" if self.graphs and backend == "auto" else backend
         self.backend, self.backend_reason = ops.resolve_backend(self.device, wanted)
-        self.guidance_scale, self.null_class = float(guidance_scale), null_class
+        self.guidance_scale, self.null_class = real("guidance", guidance_scale), null_class
         self.guided = self.guidance_scale != 1.0
         if self.guided and null_class is None:
             raise ValueError(
@@ -197,6 +198,8 @@ class Sampler:
                 raise ValueError("classes were asked for, but this model was trained without them")
             return None
         if classes is None:
+            if self.guided:
+                raise ValueError("guidance is towards a class: give classes, or leave it at 1")
             if self.null_class is None:
                 raise ValueError(
                     f"this model always needs a class: give some of 0 to {self.num_classes - 1}"

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,26 +22,32 @@ from . import __version__, cli
 from .checkpoint import Model, save_model
 from .data import Dataset, load_dataset
 from .device import resolve_device, resolve_dtype
+from .files import replacing
 from .images import is_picture, to_uint8, write_grid
 from .plan import PREDICTION_TYPES
 from .sampler import Sampler
 from .schedule import NoiseSchedule
-from .training import Trainer, TrainSettings
+from .training import LR_SCHEDULES, Trainer, TrainSettings
 from .unet import UNet
 from .unet_config import UNetConfig
 
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
+LOG = ("step", "loss", "lr", "images_per_second", "seconds")
+LOG_EVERY = 50
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(v) for v in text.split(",") if v)
+    try:
+        return tuple(int(v) for v in text.split(",") if v)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted numbers like 1,2,2, got {text!r}") from None
 
 
 def _size(text: str) -> tuple[int, int]:
-    sizes = tuple(int(v) for v in text.lower().split("x"))
-    if len(sizes) > 2 or min(sizes) < 1:
+    match = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", text.lower())
+    if match is None:
         raise argparse.ArgumentTypeError(f"wanted HxW or one number, got {text!r}")
-    return sizes if len(sizes) == 2 else (sizes[0], sizes[0])
+    return int(match[1]), int(match[2] or match[1])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,20 +91,21 @@ def parser() -> argparse.ArgumentParser:
     ):
         option, default = f"--{name.replace('_', '-')}", defaults[name]
         run.add_argument(option, type=type(default), default=default, help=text)
-    run.add_argument("--lr-schedule", choices=("constant", "cosine"), default="constant")
+    run.add_argument("--lr-schedule", choices=LR_SCHEDULES, default="constant")
     run.add_argument("--flip", action="store_true", help="mirror half of the samples")
 
     machine = p.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")
     machine.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     machine.add_argument("--compile", action="store_true", help="torch.compile the network")
-    machine.add_argument("--save-every", type=int, default=1000, help="updates")
+    machine.add_argument("--save-every", type=int, default=1000, help="updates; 0 is at the end")
     machine.add_argument("--sample-every", type=int, default=5000, help="updates; 0 is never")
     machine.add_argument("--quiet", action="store_true", help="no progress bar")
     return p
 
 
 def new_model(args: argparse.Namespace, data: Dataset, device: torch.device) -> Model:
+    """An untrained model of the arguments for the data; ValueError if they make none."""
     if any(not 0 <= level < len(args.channel_mult) for level in args.attention):
         raise ValueError(
             f"--attention names levels 0 to {len(args.channel_mult) - 1}, got {args.attention}"
@@ -133,49 +144,74 @@ class Run:
         return self.out / "checkpoint.safetensors"
 
     def start(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
+        """Open the folder; ValueError if that would lose a run, or there is none to go on with."""
         if self.args.resume:
+            if not self.checkpoint.is_file():
+                raise ValueError(f"--resume: there is no {self.checkpoint} to go on from")
             progress = self.trainer.load(self.checkpoint)
-            self.seconds, self.first = progress["seconds"], self.trainer.step_count
+            self.seconds, self.first = progress.get("seconds", 0.0), self.trainer.step_count
+            self.losses = [torch.tensor(loss) for loss in progress.get("losses", [])]
         elif self.checkpoint.exists():
             raise ValueError(
                 f"{self.out} already holds a training run: add --resume to go on with it, "
                 f"or give another --out"
             )
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._trim_log()
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        self.writer = SummaryWriter(str(self.out / "tensorboard"))
+        self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.first + 1)
+
+    def _trim_log(self) -> None:
+        """Begin log.csv, or drop what lies behind the checkpoint: those steps are done again."""
+        path, rows = self.out / "log.csv", []
+        if self.first and path.exists():
+            with path.open(newline="") as file:
+                rows = [r for r in csv.reader(file) if len(r) == len(LOG) and r[0].isdigit()]
+        with replacing(path) as partial, partial.open("w", newline="") as file:
+            csv.writer(file).writerows([LOG, *(r for r in rows if int(r[0]) <= self.first)])
+
+    def _diverged(self) -> RuntimeError:
+        kept = f"; {self.checkpoint} holds the last good state" if self.checkpoint.exists() else ""
+        return RuntimeError(
+            f"the loss or the weights are not finite by step {self.trainer.step_count}: lower --lr,"
+            f" or use --dtype float32{kept}"
+        )
 
     def log(self, rate: float) -> float:
-        """Average the losses since the last call into the log; returns that average."""
+        """Average the losses since the last call into the log; returns that average.
+
+        Raises RuntimeError if it is not finite.
+        """
         loss = torch.stack(self.losses).mean().item()
         self.losses.clear()
         if not math.isfinite(loss):
-            raise RuntimeError(
-                f"the loss is {loss} at step {self.trainer.step_count}: lower --lr, or use "
-                f"--dtype float32; {self.checkpoint} holds the last good state"
-            )
+            raise self._diverged()
         step, lr = self.trainer.step_count, self.trainer.optimizer.param_groups[0]["lr"]
-        path = self.out / "log.csv"
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            rows = csv.writer(file)
-            if new:
-                rows.writerow(("step", "loss", "lr", "images_per_second", "seconds"))
-            rows.writerow((step, f"{loss:.6f}", f"{lr:.3e}", f"{rate:.1f}", f"{self.seconds:.0f}"))
+        row = (step, f"{loss:.6f}", f"{lr:.3e}", f"{rate:.1f}", f"{self.seconds:.0f}")
+        with (self.out / "log.csv").open("a", newline="") as file:
+            csv.writer(file).writerow(row)
         if self.writer:
             self.writer.add_scalar("loss", loss, step)
         return loss
 
     def save(self) -> None:
-        self.trainer.save(self.checkpoint, {"seconds": self.seconds})
+        """The checkpoint, with the losses not logged yet, and the model to sample from.
+
+        Raises RuntimeError, and leaves the old ones, if anything in them is not finite.
+        """
+        losses = [loss.item() for loss in self.losses]
+        if not all(map(math.isfinite, losses)) or not self.trainer.is_finite():
+            raise self._diverged()
+        self.trainer.save(self.checkpoint, {"seconds": self.seconds, "losses": losses})
         model = self.trainer.averaged()
         model.provenance = self.provenance()
         save_model(self.out / "model.safetensors", model)
 
-    def provenance(self) -> dict:
+    def provenance(self) -> dict[str, Any]:
+        """How the model was made, for its file."""
         return {
             "command": ["python", "-m", "ddpm_fast.train", *self.args.command],
             "data": self.trainer.data.checksums,
@@ -186,71 +222,78 @@ class Run:
         }
 
     def sample(self) -> None:
-        """A grid of 64 samples of the averaged weights, by 50 steps of DDIM."""
+        """A grid of 64 samples of the averaged weights, by at most 50 steps of DDIM."""
         model = self.trainer.averaged()
         if not is_picture(model.config.sample_shape):
             return
-        x = Sampler.from_model(model, method="ddim", steps=50).sample(64)
+        steps = min(50, model.schedule.num_timesteps)
+        x = Sampler.from_model(model, method="ddim", steps=steps).sample(64)
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
         write_grid(folder / f"{self.trainer.step_count:07d}.png", to_uint8(x))
 
     def train(self) -> int:
-        """Until the last step or a signal; saves before it returns."""
-        t, batch = self.trainer, self.trainer.settings.batch_size
-        bar = tqdm(
-            total=t.settings.steps, initial=t.step_count, disable=self.args.quiet, unit="step"
-        )
-        began, before, logged = time.perf_counter(), self.seconds, self.first
-        rate = 0.0
-        with bar:
+        """Until the last step or a signal; saves before it returns the exit status."""
+        t, args = self.trainer, self.args
+        began, before = time.perf_counter(), self.seconds
+        with tqdm(
+            total=t.settings.steps, initial=t.step_count, disable=args.quiet, unit="step"
+        ) as bar:
             while t.step_count < t.settings.steps and self.stop_signal is None:
                 self.losses.append(t.step())
                 bar.update()
                 self.seconds = before + time.perf_counter() - began
-                if t.step_count % 50 == 0 or t.step_count == t.settings.steps:
-                    rate = (t.step_count - self.first) * batch / (self.seconds - before)
-                    bar.set_postfix_str(f"loss {self.log(rate):.4f}, {rate:.0f} samples/s")
-                    logged = t.step_count
-                if self.args.save_every and t.step_count % self.args.save_every == 0:
+                if t.step_count % LOG_EVERY == 0 or t.step_count == t.settings.steps:
+                    images = (t.step_count - self.first) * t.settings.batch_size
+                    rate = images / (self.seconds - before)
+                    bar.set_postfix_str(f"loss {self.log(rate):.4f}, {rate:.0f} images/s")
+                if args.save_every and t.step_count % args.save_every == 0:
                     self.save()
-                if self.args.sample_every and t.step_count % self.args.sample_every == 0:
+                if args.sample_every and t.step_count % args.sample_every == 0:
                     self.sample()
-        if self.losses and logged < t.step_count:
-            self.log(rate)
         self.save()
+        if self.writer:
+            self.writer.close()
         return 0 if self.stop_signal is None else 128 + self.stop_signal
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.command = list(sys.argv[1:] if argv is None else argv)
+    if min(args.save_every, args.sample_every) < 0:
+        raise ValueError("--save-every and --sample-every must be 0 or more")
+    settings = TrainSettings(**{f.name: getattr(args, f.name) for f in fields(TrainSettings)})
     device = resolve_device(args.device)
-    data = load_dataset(args.data, args.size)
-    values = {f.name: getattr(args, f.name) for f in fields(TrainSettings)}
-    for name in ("steps", "batch_size", "lr", "clip_grad"):
-        if values[name] <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {values[name]}")
-    model = new_model(args, data, device)
     dtype = resolve_dtype(args.dtype, device)
-    run = Run(args, Trainer(model, data, TrainSettings(**values), dtype, args.compile))
+    data = load_dataset(args.data, args.size)
+    model = new_model(args, data, device)
+    run = Run(args, Trainer(model, data, settings, dtype, args.compile))
     run.start()
-
-    def stop(number: int, frame: object) -> None:
-        run.stop_signal = number
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     parameters = sum(p.numel() for p in model.unet.parameters())
     print(
         f"{len(data)} samples of {tuple(data.samples.shape[1:])}, {parameters:,} parameters, "
         f"{device}, {str(dtype).removeprefix('torch.')}"
     )
-    status = run.train()
-    word = "stopped" if status else "done"
-    step = run.trainer.step_count
-    print(f"{word} at step {step} of {run.trainer.settings.steps}: {run.out / 'model.safetensors'}")
+    with _stopped_by_signals(run):
+        status = run.train()
+    word, place = "stopped" if status else "done", run.out / "model.safetensors"
+    print(f"{word} at step {run.trainer.step_count} of {settings.steps}: {place}")
     return status
+
+
+@contextmanager
+def _stopped_by_signals(run: Run) -> Iterator[None]:
+    """Let the interrupt and the end of a job (SIGTERM) end the step in progress, and no sooner."""
+
+    def stop(number: int, frame: object) -> None:
+        run.stop_signal = number
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,23 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .arguments import count, one_of, real, shown
 from .checkpoint import CheckpointError, Model, read_tensors, write_tensors
 from .data import Dataset
 
 FORMAT = "ddpm_fast.training.1"
+LR_SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What decides a run's losses, beside the model and the data."""
+    """What decides a run's losses, beside the model and the data.
+
+    steps, warmup: updates. lr: the peak of AdamW's. lr_schedule: "constant" or "cosine". ema: decay
+    of the averaged weights, in [0, 1]. clip_grad: largest gradient norm. null_probability: share
+    of the labels replaced by the null class. flip: mirror half of the samples. seed: 0..2^63 - 1.
+    Raises ValueError, in one sentence, for values outside their range.
+    """
 
     steps: int = 100_000
     batch_size: int = 128
@@ -34,6 +42,21 @@ class TrainSettings:
     null_probability: float = 0.1
     flip: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("steps", 1, 2**40),
+            ("batch_size", 1, 2**20),
+            ("warmup", 0, 2**40),
+            ("seed", 0, 2**63 - 1),
+        ):
+            count(name, getattr(self, name), low, high)
+        for name, high in (("weight_decay", math.inf), ("ema", 1.0), ("null_probability", 1.0)):
+            real(name, getattr(self, name), 0.0, high)
+        for name in ("lr", "clip_grad"):
+            if real(name, getattr(self, name)) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        one_of("lr_schedule", self.lr_schedule, LR_SCHEDULES)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up; then constant, or down to zero along half a cosine."""
@@ -52,7 +75,8 @@ class TrainSettings:
 class Trainer:
     """Optimises `model.unet` on `data`; `step()` is one update and returns the loss (a tensor).
 
-    The loss is Ho et al. 2020, equation 14, on the model's prediction type.
+    The loss is Ho et al. 2020, equation 14, on the model's prediction type. dtype: of the network's
+    autocast. Raises ValueError if model and data do not fit each other.
     """
 
     def __init__(
@@ -63,6 +87,7 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
     ) -> None:
+        _check_fit(model, data)
         self.model, self.data, self.settings, self.dtype = model, data, settings, dtype
         self.device = next(model.unet.parameters()).device
         self.unet = model.unet.train().requires_grad_(True)
@@ -72,6 +97,12 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True
         )
+        for parameter in self.unet.parameters():  # as AdamW would at its first step
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=self.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
         self.ema = {k: v.detach().clone() for k, v in self.unet.state_dict().items()}
         self.step_count = 0
         schedule = model.schedule
@@ -97,6 +128,8 @@ class Trainer:
         s, n = self.settings, self.settings.batch_size
         first = self.step_count * n
         x_start, labels = self.data.batch(self._indices(first, n))
+        if self.model.config.num_classes is None:
+            labels = None
         rng = np.random.Generator(np.random.Philox(key=[s.seed, self.step_count]))
         t = torch.from_numpy(rng.integers(0, self.model.schedule.num_timesteps, n))
         if labels is not None and self.model.config.null_class != "none":
@@ -105,18 +138,20 @@ class Trainer:
         if s.flip:
             flipped = torch.from_numpy(rng.random(n) < 0.5).view(n, *[1] * (x_start.ndim - 1))
             x_start = torch.where(flipped, x_start.flip(-1), x_start)
-        if self.model.config.num_classes is None:
-            labels = None
         index = torch.arange(first, first + n)
         move = [None if v is None else v.to(self.device) for v in (x_start, t, labels, index)]
         return tuple(move)
 
     def loss(self) -> Tensor:
+        """The current step's loss, a scalar with its graph."""
         x_start, t, labels, index = self.batch()
         seed = torch.full_like(index, self.settings.seed)
         x_t, noise = ops.q_sample(x_start, self.table, t, seed, index)
         if x_t.ndim == 4:
             x_t = x_t.contiguous(memory_format=torch.channels_last)
+        if self.model.config.dropout:  # it is drawn by torch's generator, which does not resume
+            words = np.random.SeedSequence((self.settings.seed, self.step_count))
+            torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
         low = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=low):
             output = self.forward(x_t, t) if labels is None else self.forward(x_t, t, labels)
@@ -144,65 +179,109 @@ class Trainer:
 
     def averaged(self) -> Model:
         """The model with the averaged weights, which are the ones to sample from."""
-        unet = type(self.unet)(self.model.config).to(self.device)
-        unet.load_state_dict(self.ema)
+        with torch.device("meta"):
+            unet = type(self.unet)(self.model.config)
+        unet.load_state_dict({k: v.clone() for k, v in self.ema.items()}, assign=True)
         unet.eval().requires_grad_(False)
         m = self.model
         return Model(unet, m.schedule, m.prediction_type, m.variance_type, m.provenance)
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to go on from a checkpoint."""
+        settings = asdict(self.settings)
+        if self.settings.lr_schedule == "constant":  # then a run may be prolonged
+            del settings["steps"]
         return {
-            "settings": asdict(self.settings),
+            "settings": settings,
             "unet": self.model.config.to_dict(),
             "schedule": self.model.schedule.config(),
             "prediction_type": self.model.prediction_type,
             "data": self.data.checksums,
         }
 
-    def save(self, path: Path, progress: dict[str, Any]) -> None:
-        """Everything needed to go on, in one file, written whole or not at all."""
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that changes with a step, under the names that it is saved by."""
         tensors = {f"model.{k}": v for k, v in self.unet.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         for name, parameter in self.unet.named_parameters():
-            state = self.optimizer.state.get(parameter, {})
-            tensors |= {f"{k}.{name}": v for k, v in state.items() if k != "step"}
+            state = self.optimizer.state[parameter]
+            tensors |= {f"{k}.{name}": state[k] for k in ("exp_avg", "exp_avg_sq")}
+        return tensors
+
+    def is_finite(self) -> bool:
+        """Whether no weight, average or moment is NaN or infinite; waits for the device."""
+        return all(bool(v.isfinite().all()) for v in self._tensors().values())
+
+    def save(self, path: Path, progress: dict[str, Any]) -> None:
+        """Everything needed to go on, and `progress` (JSON-able), in one file, whole or not at all.
+
+        Raises OSError if it cannot be written.
+        """
         metadata = {
             "format": FORMAT,
             "step": str(self.step_count),
             "identity": json.dumps(self.identity()),
             "progress": json.dumps(progress),
         }
-        write_tensors(path, tensors, metadata)
+        write_tensors(path, self._tensors(), metadata)
 
+    @torch.no_grad()
     def load(self, path: Path) -> dict[str, Any]:
-        """Go on from a checkpoint of the same run; returns the progress saved with it."""
+        """Go on from a checkpoint of the same run; returns the progress saved with it.
+
+        Raises CheckpointError, in one sentence, if the file is damaged or of another run; the
+        trainer is then as it was.
+        """
         tensors, metadata = read_tensors(path, "training checkpoint")
         if metadata.get("format") != FORMAT:
             raise CheckpointError(f"{path} is not a training checkpoint of ddpm_fast")
-        saved, mine = json.loads(metadata["identity"]), json.loads(json.dumps(self.identity()))
+        try:
+            step = count("step", int(metadata["step"]), 0, 2**40)
+            saved, progress = (json.loads(metadata[k]) for k in ("identity", "progress"))
+            if not isinstance(saved, dict) or not isinstance(progress, dict):
+                raise ValueError("identity and progress must be dicts")
+        except (KeyError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} has damaged metadata: {shown(error)}") from None
+        mine = json.loads(json.dumps(self.identity()))
         for part in mine:
             if saved.get(part) != mine[part]:
                 raise CheckpointError(
                     f"{path} was made with other {part} ({_difference(saved.get(part), mine[part])}"
                     f"): resume with the same, or start a new run elsewhere"
                 )
-        self.step_count = int(metadata["step"])
-        self.unet.load_state_dict({k: tensors[f"model.{k}"] for k in self.ema})
-        for key, value in self.ema.items():
-            value.copy_(tensors[f"ema.{key}"])
-        for name, parameter in self.unet.named_parameters():
-            if f"exp_avg.{name}" in tensors:
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.step_count)),
-                    "exp_avg": torch.empty_like(parameter).copy_(tensors[f"exp_avg.{name}"]),
-                    "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"exp_avg_sq.{name}"]),
-                }
-        return json.loads(metadata.get("progress", "{}"))
+        wanted = self._tensors()
+        for name, value in wanted.items():
+            if name not in tensors or tensors[name].shape != value.shape:
+                raise CheckpointError(f"{path} is damaged: {name} is missing or of another shape")
+        for name, value in wanted.items():
+            value.copy_(tensors[name])
+        for parameter in self.unet.parameters():
+            self.optimizer.state[parameter]["step"].fill_(step)
+        self.step_count = step
+        return progress
+
+
+def _check_fit(model: Model, data: Dataset) -> None:
+    config = model.config
+    if tuple(data.samples.shape[1:]) != config.sample_shape:
+        raise ValueError(
+            f"the model is for samples of {config.sample_shape}, and the data's are "
+            f"{tuple(data.samples.shape[1:])}"
+        )
+    if config.num_classes is not None and (data.num_classes or 0) > config.num_classes:
+        raise ValueError(
+            f"the model has {config.num_classes} classes, and the data {data.num_classes}"
+        )
+    if config.num_classes is not None and data.labels is None:
+        raise ValueError(f"the model has {config.num_classes} classes, and the data no labels")
+    if config.learn_sigma:
+        raise ValueError("a model with learned variance can be sampled, but not trained")
 
 
 def _difference(saved: Any, mine: Any) -> str:
     if isinstance(saved, dict) and isinstance(mine, dict):
         keys = [k for k in sorted(saved.keys() | mine.keys()) if saved.get(k) != mine.get(k)]
-        return ", ".join(f"{k}: {saved.get(k)!r} there, {mine.get(k)!r} now" for k in keys)
-    return f"{saved!r} there, {mine!r} now"
+        pairs = [(f"{k}: ", saved.get(k), mine.get(k)) for k in keys]
+    else:
+        pairs = [("", saved, mine)]
+    return ", ".join(f"{k}{shown(there)} there, {shown(now)} now" for k, there, now in pairs)

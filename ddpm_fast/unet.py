@@ -17,9 +17,10 @@ from .unet_config import UNetConfig
 
 
 def timestep_embedding(t: Tensor, channels: int, order: str, shift: float) -> Tensor:
-    """Sinusoidal embedding of the timesteps t (N,), as float32 (N, channels).
+    """Sinusoidal embedding of the timesteps t (N,), as float32 (N, channels), channels even.
 
-    Ho et al. use sines then cosines with shift 1, guided-diffusion cosines then sines with 0.
+    Angle i is t * 10000 ** (-i / (half - shift)), i below half = channels / 2. order: "sin_cos"
+    (Ho et al., with shift 1), "cos_sin" (guided-diffusion, with shift 0) or "interleaved".
     """
     half = channels // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
@@ -100,7 +101,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A convolution of stride 2. TensorFlow's padding, as in Ho et al., adds one at the end only."""
+    """A convolution of stride 2; "asymmetric" is TensorFlow's padding, as in Ho et al."""
 
     def __init__(self, config: UNetConfig, channels: int) -> None:
         super().__init__()
@@ -143,9 +144,11 @@ class UNet(nn.Module):
     Args of forward:
         x: x_t, (N, C, *size), each size a multiple of 2 ** (levels - 1).
         t: timesteps, (N,), integer or float (models trained on rescaled timesteps).
-        class_labels: (N,) int64 in 0..num_classes, the last meaning "no class"; None is all of
-            those. Only for class-conditional models.
+        class_labels: (N,) int64 in 0..num_classes, the last meaning "no class", as None does for
+            all. Only for class-conditional models; with null_class "none", 0..num_classes - 1.
     Returns (N, C, *size), or (N, 2C, *size) with learned variance.
+    Raises ValueError, in one sentence, for shapes and labels that do not fit. Labels on a GPU are
+    not looked at (that would wait for it): there, one out of range is CUDA's device-side assert.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -195,20 +198,38 @@ class UNet(nn.Module):
         if self.class_embedding is not None:
             if class_labels is None:
                 class_labels = torch.full_like(t, c.num_classes, dtype=torch.int64)
+            rows = self.class_embedding.weight
             if c.null_class == "zero":
-                given = (class_labels < c.num_classes)[:, None]
-                emb = emb + self.class_embedding(class_labels.clamp(max=c.num_classes - 1)) * given
-            else:
-                emb = emb + self.class_embedding(class_labels)
+                rows = F.pad(rows, (0, 0, 0, 1))
+            emb = emb + F.embedding(class_labels, rows)
         return F.silu(emb)
 
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        self.config.check_size(tuple(x.shape[2:]))
-        if class_labels is not None and self.class_embedding is None:
-            raise ValueError("class_labels were given, but this model was trained without classes")
-        if class_labels is None and self.class_embedding is not None:
-            if self.config.null_class == "none":
+    def _check(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> None:
+        c, n = self.config, x.shape[0]
+        c.check_size(tuple(x.shape[2:]))
+        if x.shape[1] != c.in_channels:
+            raise ValueError(f"x must have {c.in_channels} channels, got {x.shape[1]}")
+        if t.shape != (n,):
+            raise ValueError(f"t must have shape ({n},), one per sample, got {tuple(t.shape)}")
+        if class_labels is None:
+            if c.num_classes and c.null_class == "none":
                 raise ValueError("this model was trained without a null class: give class_labels")
+            return
+        if c.num_classes is None:
+            raise ValueError("class_labels were given, but this model was trained without classes")
+        if class_labels.shape != (n,) or class_labels.dtype != torch.int64:
+            raise ValueError(
+                f"class_labels must be int64 of shape ({n},), got {class_labels.dtype} of shape "
+                f"{tuple(class_labels.shape)}"
+            )
+        last = c.num_classes - (c.null_class == "none")
+        if n and class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = int(class_labels.min()), int(class_labels.max())
+            if low < 0 or high > last:
+                raise ValueError(f"class_labels must be in 0..{last}, got {low} to {high}")
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        self._check(x, t, class_labels)
         emb = self.embed(t, class_labels)
         h = self.conv_in(x)
         skips = [h]

@@ -6,10 +6,25 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from .arguments import count, one_of, real, shown
+
 EMBEDDING_ORDERS = ("sin_cos", "cos_sin", "interleaved")
 QKV_ORDERS = ("qkv", "heads")
 DOWNSAMPLE_PADDINGS = ("symmetric", "asymmetric")
 NULL_CLASSES = ("none", "row", "zero")
+
+MAX_LEVELS = 10
+# Far above any published model; without them a hostile file could ask for endless work.
+MAX_COUNTS = {
+    "in_channels": 2**12,
+    "base_channels": 2**14,
+    "num_res_blocks": 16,
+    "num_heads": 2**12,
+    "norm_groups": 2**14,
+    "head_channels": 2**14,
+    "num_classes": 2**20,
+}
+OPTIONAL = ("head_channels", "num_classes")
 
 
 @dataclass(frozen=True)
@@ -24,10 +39,10 @@ class UNetConfig:
         num_res_blocks: residual blocks per level on the way down; one more on the way up.
         attention_levels: per level, whether self-attention follows each residual block.
         mid_attention: self-attention between the two middle blocks.
-        num_heads, head_channels: the attention's head count, or the width of each head.
+        num_heads, head_channels: the attention's head count, or, if given, the width of each head.
         qkv_order: how the 3C rows of the projection are laid out: "qkv" is all queries, then keys,
             then values; "heads" keeps each head's q, k, v together (guided-diffusion's default).
-        dropout: before each block's second convolution, in training only.
+        dropout: probability, before each block's second convolution, in training only.
         norm_groups, norm_eps: of every GroupNorm.
         embedding_order, embedding_shift: the timestep embedding is sines and cosines of
             t * 10000 ** (-i / (half - embedding_shift)), in this order.
@@ -38,6 +53,7 @@ class UNetConfig:
         num_classes, null_class: class conditioning; the label `num_classes` means "no class" and
             is a learned row, or adds zero; with "none" a label is always needed.
         learn_sigma: predict 2 * in_channels; the second half parametrises the variance.
+    Raises ValueError, in one sentence, for values that make no network.
     """
 
     in_channels: int = 3
@@ -63,39 +79,75 @@ class UNetConfig:
     learn_sigma: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("sample_size", "channel_mult", "attention_levels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, high in (("sample_size", 2**20), ("channel_mult", 2**8)):
+            values = self._sequence(name)
+            object.__setattr__(self, name, tuple(count(name, v, 1, high) for v in values))
+        object.__setattr__(self, "attention_levels", self._sequence("attention_levels"))
         if self.dims not in (1, 2):
             raise ValueError(f"sample_size must have 1 or 2 numbers, got {self.sample_size}")
+        if not 1 <= len(self.channel_mult) <= MAX_LEVELS:
+            raise ValueError(
+                f"channel_mult must have 1 to {MAX_LEVELS} levels, got {len(self.channel_mult)}"
+            )
         if len(self.attention_levels) != len(self.channel_mult):
             raise ValueError(
                 f"attention_levels needs one entry per level of channel_mult "
                 f"({len(self.channel_mult)}), got {len(self.attention_levels)}"
             )
-        for name, allowed in (
-            ("embedding_order", EMBEDDING_ORDERS),
-            ("qkv_order", QKV_ORDERS),
-            ("downsample_padding", DOWNSAMPLE_PADDINGS),
-            ("null_class", NULL_CLASSES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.base_channels % 2:
-            raise ValueError(f"base_channels must be even, got {self.base_channels}")
-        for channels in self.level_channels:
-            if channels % self.norm_groups:
-                raise ValueError(
-                    f"norm_groups must divide every level's channels {self.level_channels}, "
-                    f"got {self.norm_groups}"
-                )
-            if channels % (self.head_channels or self.num_heads):
-                raise ValueError(
-                    f"the attention heads must divide every level's channels "
-                    f"{self.level_channels}, got {self.head_channels or self.num_heads}"
-                )
+        self._check_numbers()
+        self._check_divisions()
         if self.null_class != "none" and self.num_classes is None:
             raise ValueError(f"null_class={self.null_class!r} needs num_classes")
         self.check_size(self.sample_size)
+
+    def _sequence(self, name: str) -> tuple[Any, ...]:
+        value = getattr(self, name)
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} must be a list, but {shown(value)} was given.")
+        return tuple(value)
+
+    def _check_numbers(self) -> None:
+        """Each field by itself: its type and its range."""
+        for name, high in MAX_COUNTS.items():
+            if getattr(self, name) is not None or name not in OPTIONAL:
+                count(name, getattr(self, name), 1, high)
+        real("dropout", self.dropout, 0.0, 1.0)
+        real("norm_eps", self.norm_eps, 0.0, 1.0)
+        real("embedding_shift", self.embedding_shift, 0.0)
+        one_of("embedding_order", self.embedding_order, EMBEDDING_ORDERS)
+        one_of("qkv_order", self.qkv_order, QKV_ORDERS)
+        one_of("downsample_padding", self.downsample_padding, DOWNSAMPLE_PADDINGS)
+        one_of("null_class", self.null_class, NULL_CLASSES)
+        flags = {f"attention_levels[{i}]": v for i, v in enumerate(self.attention_levels)}
+        for name in ("mid_attention", "scale_shift_norm", "resblock_updown", "learn_sigma"):
+            flags[name] = getattr(self, name)
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, but {shown(value)} was given.")
+
+    def _check_divisions(self) -> None:
+        if self.base_channels % 2 or self.base_channels / 2 <= self.embedding_shift:
+            raise ValueError(
+                f"base_channels must be even, and half of it above embedding_shift "
+                f"({self.embedding_shift}), got {self.base_channels}"
+            )
+        heads = self.head_channels or self.num_heads
+        last = len(self.channel_mult) - 1
+        # The first convolution's output is normalised too, before any multiplier.
+        for channels in (self.base_channels, *self.level_channels):
+            if channels % self.norm_groups:
+                raise ValueError(
+                    f"norm_groups must divide base_channels ({self.base_channels}) and every "
+                    f"level's channels {self.level_channels}, got {self.norm_groups}"
+                )
+        for level, channels in enumerate(self.level_channels):
+            attends = self.attention_levels[level] or (self.mid_attention and level == last)
+            if attends and channels % heads:
+                name = "head_channels" if self.head_channels else "num_heads"
+                raise ValueError(
+                    f"{name} must divide the channels of every level with attention, got {heads} "
+                    f"for {channels} channels"
+                )
 
     @property
     def dims(self) -> int:
@@ -124,11 +176,17 @@ class UNetConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields, JSON-able; `from_dict` is the way back."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
+        """The configuration of `to_dict`; ValueError in one sentence if it is none."""
+        if not isinstance(values, dict):
+            raise ValueError(f"a U-Net's config must be a dict, but it is {shown(values)}.")
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
-            raise ValueError(f"unknown U-Net fields {unknown}; this file needs a newer ddpm_fast")
+            raise ValueError(
+                f"unknown U-Net fields {shown(unknown)}; this file needs a newer ddpm_fast"
+            )
         return cls(**values)

@@ -49,7 +49,7 @@ def check_rows(schedule, plan):
 @pytest.mark.parametrize("method, eta", [("ddpm", 0), ("ddim", 0), ("ddim", 0.4), ("ddim", 1)])
 def test_rows_equal_the_published_step(method, eta, prediction_type, variance_type, clip):
     schedule = NoiseSchedule.linear(100, 1e-3, 0.1)
-    options = dict(method=method, eta=eta, clip_denoised=clip)
+    options = {"method": method, "eta": eta, "clip_denoised": clip}
     plan = make_plan(
         schedule, prediction_type=prediction_type, variance_type=variance_type, **options
     )
@@ -61,9 +61,7 @@ def test_rows_equal_the_published_step(method, eta, prediction_type, variance_ty
 @pytest.mark.parametrize("steps, spacing", STEPS)
 def test_respaced_rows_equal_the_published_step(steps, spacing, method, variance_type):
     schedule = NoiseSchedule.cosine(100)
-    check_rows(
-        schedule, make_plan(schedule, method, steps, spacing, variance_type=variance_type)
-    )
+    check_rows(schedule, make_plan(schedule, method, steps, spacing, variance_type=variance_type))
 
 
 def test_coefficients_long_hand():
@@ -136,7 +134,10 @@ def test_ddim_with_eta_one_has_the_ddpm_variance():
         for column in (P.C0, P.C1, P.SIGMA):
             # atol: near t = 0, sqrt(before) - k * ... cancels.
             torch.testing.assert_close(
-                ddim.coefficients64[:, column], ddpm.coefficients64[:, column], rtol=1e-9, atol=1e-13
+                ddim.coefficients64[:, column],
+                ddpm.coefficients64[:, column],
+                rtol=1e-9,
+                atol=1e-13,
             )
 
 
@@ -269,20 +270,20 @@ def test_signal_that_ends_early():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(method="dpm"), ["ddpm, ddim", "'dpm'"]),
-        (dict(method=None), ["None"]),
-        (dict(prediction_type="eps"), ["epsilon, sample, v_prediction"]),
-        (dict(variance_type="fixed"), ["fixed_small, fixed_large, learned, learned_range"]),
-        (dict(method="ddim", eta=1.5), ["between 0.0 and 1.0", "1.5"]),
-        (dict(method="ddim", eta=-0.1), ["-0.1"]),
-        (dict(method="ddim", eta=math.nan), ["nan"]),
-        (dict(method="ddim", eta="a"), ["'a'"]),
-        (dict(eta=0.5), ["ddim", "0.5"]),
-        (dict(clip_denoised=2), ["True or False"]),
-        (dict(steps=0), ["between 1 and 10"]),
-        (dict(steps=11), ["11"]),
-        (dict(steps="ddim6"), ["exactly 6"]),
-        (dict(spacing="x"), ["leading"]),
+        ({"method": "dpm"}, ["ddpm, ddim", "'dpm'"]),
+        ({"method": None}, ["None"]),
+        ({"prediction_type": "eps"}, ["epsilon, sample, v_prediction"]),
+        ({"variance_type": "fixed"}, ["fixed_small, fixed_large, learned, learned_range"]),
+        ({"method": "ddim", "eta": 1.5}, ["between 0.0 and 1.0", "1.5"]),
+        ({"method": "ddim", "eta": -0.1}, ["-0.1"]),
+        ({"method": "ddim", "eta": math.nan}, ["nan"]),
+        ({"method": "ddim", "eta": "a"}, ["'a'"]),
+        ({"eta": 0.5}, ["ddim", "0.5"]),
+        ({"clip_denoised": 2}, ["True or False"]),
+        ({"steps": 0}, ["between 1 and 10"]),
+        ({"steps": 11}, ["11"]),
+        ({"steps": "ddim6"}, ["exactly 6"]),
+        ({"spacing": "x"}, ["leading"]),
     ],
 )
 def test_refusals(options, words):

@@ -194,7 +194,7 @@ def test_learned_variance_in_float32():
     assert torch.equal(a, exact[59:])
 
 
-def affine_model(t, x):
+def affine_model(x, t):
     """The exact eps for data N(0.3, 0.25) at SCHEDULE's timestep t (see test_plan)."""
     ac = torch.from_numpy(SCHEDULE.alphas_cumprod.copy())[t].to(x.dtype)[:, None]
     start = 0.3 + ac.sqrt() * 0.25 / (ac * 0.25 + 1 - ac) * (x - ac.sqrt() * 0.3)
@@ -207,16 +207,16 @@ def test_loop_equals_the_plan(method, eta, steps):
     """The published loop and the table's, on the same noise, over all the steps."""
     kept = timesteps_for(60, steps)
     noises = [draw(5, 1, seed=i) for i in range(len(kept) + 1)]
-    model = lambda x, t: affine_model(t, x)  # noqa: E731
-    options = dict(method=method, eta=eta, timesteps=kept, noise=noises[0])
+    options = {"method": method, "eta": eta, "timesteps": kept, "noise": noises[0]}
     options.update(step_noise=noises.__getitem__, dtype=torch.float64)
-    states = list(reference.p_sample_loop_progressive(model, (5, 1), SCHEDULE, **options))
+    states = list(reference.p_sample_loop_progressive(affine_model, (5, 1), SCHEDULE, **options))
     assert len(states) == len(kept)
-    assert torch.equal(states[-1], reference.p_sample_loop(model, (5, 1), SCHEDULE, **options))
+    whole = reference.p_sample_loop(affine_model, (5, 1), SCHEDULE, **options)
+    assert torch.equal(states[-1], whole)
     plan = make_plan(SCHEDULE, method, steps, eta=eta)
     x_t = noises[0]
     for i, (timestep, state) in enumerate(zip(plan.timesteps, states, strict=True)):
-        output = model(x_t, torch.full((5,), timestep))
+        output = affine_model(x_t, torch.full((5,), timestep))
         row = torch.full((5,), i)
         x_t, _ = reference.step(plan.coefficients64, plan.index, row, x_t, output, noises[i + 1])
         torch.testing.assert_close(x_t, state, rtol=1e-11, atol=1e-12)
@@ -233,8 +233,8 @@ def test_monte_carlo_gaussian():
         mean = math.sqrt(before) * 0.3 + slope * (mean - math.sqrt(ac) * 0.3)
         variance = slope**2 * variance + SCHEDULE.posterior_variance[step]
     generator = torch.Generator().manual_seed(3)
-    options = dict(generator=generator, clip_denoised=False, dtype=torch.float64)
-    x = reference.p_sample_loop(lambda x, t: affine_model(t, x), (n, 1), SCHEDULE, **options)
+    options = {"generator": generator, "clip_denoised": False, "dtype": torch.float64}
+    x = reference.p_sample_loop(affine_model, (n, 1), SCHEDULE, **options)
     assert abs(x.mean().item() - mean) < 5 * math.sqrt(variance / n)
     assert abs(x.var().item() - variance) < 5 * variance * math.sqrt(2 / n)
     assert abs(mean - 0.3) < 0.01 and abs(variance / 0.25 - 1) < 0.2

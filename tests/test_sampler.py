@@ -213,6 +213,8 @@ def test_conditions_that_a_model_lacks_are_refused():
         Sampler.from_model(plain, **SETTINGS).sample(1, classes=[0])
     with pytest.raises(ValueError, match="null class"):
         Sampler.from_model(plain, guidance_scale=2.0, **SETTINGS)
+    with pytest.raises(ValueError, match="towards a class"):
+        Sampler.from_model(tiny(), guidance_scale=2.0, **SETTINGS).sample(1)
     needy = tiny(null_class="none")
     with pytest.raises(ValueError, match="always needs a class"):
         Sampler.from_model(needy, **SETTINGS).sample(1)

@@ -201,7 +201,18 @@ def test_respace():
 
 def test_openai_spacing_known_answers():
     # Worked out by hand from the loop of guided-diffusion's respace.py (22e0df8).
-    assert space_timesteps(300, [10, 15, 20])[:10].tolist() == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
+    assert space_timesteps(300, [10, 15, 20])[:10].tolist() == [
+        0,
+        11,
+        22,
+        33,
+        44,
+        55,
+        66,
+        77,
+        88,
+        99,
+    ]
     sections = space_timesteps(300, "10,15,20")
     assert len(sections) == 45 and sections[10] == 100 and sections[24] == 199
     assert sections[25] == 200 and sections[-1] == 299

@@ -1,0 +1,63 @@
+"""Benchmark results as JSON: with the device, the versions, the commit and the date."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def instruction_sets() -> list[str]:
+    """Of those that decide the network's speed, the ones this CPU has."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return []
+    return [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {f}" in flags]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def write(name: str, figures: dict) -> Path:
+    """Write `figures` under `name`, with what they were measured on."""
+    packages = ("ddpm_fast", "torch", "numpy", "diffusers", "triton")
+    path = FOLDER / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    document = {
+        "device": device_name(),
+        "instruction_sets": instruction_sets(),
+        "threads": torch.get_num_threads(),
+        "versions": {p: v for p in packages if (v := _version(p))},
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "figures": figures,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path

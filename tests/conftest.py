@@ -1,0 +1,92 @@
+"""What several test files share: a tiny model, its file, and a tiny data set."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_fast import backend
+from ddpm_fast.checkpoint import Model, save_model
+from ddpm_fast.data import Dataset
+from ddpm_fast.schedule import NoiseSchedule
+from ddpm_fast.unet import UNet
+from ddpm_fast.unet_config import UNetConfig
+
+
+def pytest_sessionstart(session):
+    """In CI a missing extension is a failure; elsewhere each test says what it cannot do."""
+    if os.environ.get("CI") and backend.extension is None:
+        pytest.exit(f"the compiled extension is missing: {backend.extension_error}", returncode=1)
+
+
+TINY = {
+    "in_channels": 1,
+    "sample_size": (8, 8),
+    "base_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_levels": (False, True),
+    "norm_groups": 4,
+    "dropout": 0.0,
+}
+
+
+def _tiny_config(**changes) -> UNetConfig:
+    return UNetConfig(**(TINY | changes))
+
+
+def _tiny_unet(**changes) -> UNet:
+    """No weight is zero, as those of the last layers are at first: every field then shows."""
+    generator = torch.Generator().manual_seed(0)
+    unet = UNet(_tiny_config(**changes)).eval().requires_grad_(False)
+    for parameter in unet.parameters():
+        parameter.normal_(0, 0.3, generator=generator)
+    return unet
+
+
+def _tiny_model(**changes) -> Model:
+    schedule = NoiseSchedule.linear(100, 1e-3, 0.2)
+    return Model(_tiny_unet(**changes), schedule, provenance={"step": 7, "data": ["ä", 1.5]})
+
+
+@pytest.fixture
+def tiny_config():
+    return _tiny_config
+
+
+@pytest.fixture
+def tiny_unet():
+    return _tiny_unet
+
+
+@pytest.fixture
+def tiny_model():
+    return _tiny_model
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    path = tmp_path / "tiny.safetensors"
+    save_model(path, _tiny_model())
+    return path
+
+
+@pytest.fixture(scope="session")
+def images() -> tuple[np.ndarray, np.ndarray]:
+    """Eleven uint8 images (11, 8, 8) and their labels (11,), of three classes."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (11, 8, 8), dtype=np.uint8), np.arange(11) % 3
+
+
+@pytest.fixture
+def dataset(images) -> Dataset:
+    samples, labels = images
+    return Dataset(torch.from_numpy(samples[:, None]), torch.from_numpy(labels), {"tiny": "1"})
+
+
+@pytest.fixture(scope="session")
+def data_file(images, tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, *images)
+    return path

@@ -1,0 +1,73 @@
+"""Pictures: rounding, layouts, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_fast import images
+from ddpm_fast.files import replacing
+
+
+def test_uint8_rounds_half_to_even_and_clamps():
+    levels = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])
+    halves = (torch.tensor([0.5, 1.5, 2.5, 254.5]) / 127.5 - 1).double()
+    x = torch.cat((levels, halves.float())).view(1, 1, 1, -1)
+    want = [0, 0, 128, 255, 255]  # 127.5 goes to the even 128
+    got = images.to_uint8(x)
+    assert got.shape == (1, 1, 9, 1) and got.dtype == np.uint8
+    assert got.ravel()[:5].tolist() == want
+    exact = ((x.double() + 1) * 127.5).numpy().ravel()[5:]
+    assert np.abs(got.ravel()[5:] - exact).max() <= 0.5 + 1e-4
+
+
+def test_every_level_survives_the_round_trip():
+    levels = torch.arange(256, dtype=torch.uint8)
+    x = (levels.float() / 127.5 - 1).view(1, 1, 16, 16)
+    assert np.array_equal(images.to_uint8(x).ravel(), levels.numpy())
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_png_holds_the_pixels(tmp_path, channels):
+    array = np.random.default_rng(0).integers(0, 256, (5, 7, channels), np.uint8)
+    images.write_png(tmp_path / "a.png", array)
+    back = np.asarray(Image.open(tmp_path / "a.png"))
+    assert np.array_equal(back.reshape(array.shape), array)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("count, rows, columns", [(1, 1, 1), (5, 2, 3), (64, 8, 8)])
+def test_grid_places_every_picture(count, rows, columns):
+    pictures = np.random.default_rng(0).integers(1, 256, (count, 4, 6, 3), np.uint8)
+    canvas = images.grid(pictures, gap=2)
+    assert canvas.shape == (rows * 6 + 2, columns * 8 + 2, 3)
+    i = count - 1
+    top, left = 2 + 6 * (i // columns), 2 + 8 * (i % columns)
+    assert np.array_equal(canvas[top : top + 4, left : left + 6], pictures[i])
+    assert canvas[:2].max() == 0
+
+
+def test_gif_moves(tmp_path):
+    frames = [np.full((8, 8, 1), level, np.uint8) for level in (0, 120, 255)]
+    images.write_gif(tmp_path / "a.gif", frames)
+    with Image.open(tmp_path / "a.gif") as file:
+        assert file.n_frames == 3
+
+
+def test_npz_has_the_evaluators_layout(tmp_path):
+    array = np.zeros((3, 8, 6, 1), np.uint8)
+    path = images.write_npz(tmp_path, array, np.array([1, 2, 3]))
+    assert path.name == "samples_3x8x6x1.npz"
+    with np.load(path) as file:
+        assert file["arr_0"].shape == array.shape and file["arr_1"].tolist() == [1, 2, 3]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(OSError, match="full"), replacing(path) as partial:
+        partial.write_text("half")
+        raise OSError("the disk is full")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]

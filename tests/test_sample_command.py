@@ -1,0 +1,221 @@
+"""python -m ddpm_fast.sample as a user runs it: what it leaves, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_fast import cli, noise, sample
+from ddpm_fast.checkpoint import Model, save_model
+from ddpm_fast.schedule import NoiseSchedule
+from ddpm_fast.unet import UNet
+from ddpm_fast.unet_config import UNetConfig
+
+QUICK = ["--steps", "5", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory) -> str:
+    torch.manual_seed(1)
+    config = UNetConfig(
+        in_channels=1,
+        sample_size=(8, 8),
+        base_channels=8,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_levels=(False, True),
+        norm_groups=4,
+        num_classes=3,
+        null_class="row",
+    )
+    unet = UNet(config)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    save_model(path, Model(unet, NoiseSchedule.linear(100, 1e-3, 0.2)))
+    return str(path)
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of the command, in this process."""
+    words = [str(a) for a in arguments]
+    try:
+        status = cli.run(lambda: sample.main(words), "ddpm_fast.sample")
+    except SystemExit as stop:  # argparse's own
+        status = stop.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_what_a_run_leaves(model_file, tmp_path, capsys):
+    out = tmp_path / "deep" / "out"
+    status, said, _ = run(
+        *(capsys, "--model", model_file, "--num-samples", 5, "--batch-size", 2, "--out", out),
+        *("--npz", "--gif", "--graphs", "--class", "0,2", "--start", 7, *QUICK),
+    )
+    assert status == 0
+    first, last = said.strip().splitlines()
+    assert first.startswith("--graphs: there is nothing to capture on cpu")
+    assert last.startswith("5 samples in ") and "images/s" in last
+    assert last.endswith(str(out / "grid.png"))
+    names = sorted(p.name for p in out.iterdir())
+    assert names == ["denoising.gif", "grid.png", "images", "run.json", "samples_5x8x8x1.npz"]
+    pictures = sorted(p.name for p in (out / "images").iterdir())
+    assert pictures == [f"{i:06d}.png" for i in range(7, 12)]
+    with np.load(out / "samples_5x8x8x1.npz") as file:
+        assert file["arr_1"].tolist() == [2, 0, 2, 0, 2]
+        assert np.array_equal(file["arr_0"][3, ..., 0], pixels(out / "images" / "000010.png"))
+    decides = json.loads((out / "run.json").read_text())["decides"]
+    assert decides["timesteps"] == [99, 74, 50, 25, 0]
+    assert (decides["classes"], decides["seed"], decides["dtype"]) == ([0, 2], 0, "float32")
+    assert decides["noise_contract"] == noise.VERSION and len(decides["model_sha256"]) == 64
+
+
+def test_sample_42_is_one_picture(model_file, tmp_path, capsys):
+    """At any start, and on the reference backend, byte for byte."""
+    common = ["--model", model_file, "--batch-size", 4, "--class", "all", "--seed", 3]
+    for name, more in (
+        ("a", ["--start", 0, "--num-samples", 43]),
+        ("b", ["--start", 40, "--num-samples", 5]),
+        ("c", ["--start", 42, "--num-samples", 1, "--backend", "reference"]),
+    ):
+        assert run(capsys, *common, *more, "--out", tmp_path / name, *QUICK)[0] == 0
+    files = [(tmp_path / n / "images" / "000042.png").read_bytes() for n in "abc"]
+    assert files[0] == files[1] == files[2]
+
+
+def test_fifty_steps_on_the_reference_backend_give_the_same_bytes(model_file, tmp_path, capsys):
+    for backend in ("cpu", "reference"):
+        arguments = ["--model", model_file, "--num-samples", 3, "--steps", 50, "--npz"]
+        arguments += ["--dtype", "float32", "--backend", backend, "--out", tmp_path / backend]
+        assert run(capsys, *arguments)[0] == 0
+    a, b = (np.load(tmp_path / n / "samples_3x8x8x1.npz")["arr_0"] for n in ("cpu", "reference"))
+    assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "text, timesteps",
+    [
+        ("ddim5", [80, 60, 40, 20, 0]),
+        ("2,3", [99, 74, 50, 49, 0]),
+        ("4", [99, 66, 33, 0]),
+    ],
+)
+def test_steps_mean_what_openai_means(model_file, tmp_path, capsys, text, timesteps):
+    arguments = ["--model", model_file, "--num-samples", 1, "--steps", text, "--quiet"]
+    status, said, _ = run(capsys, *arguments, "--out", tmp_path)
+    run_json = json.loads((tmp_path / "run.json").read_text())
+    assert status == 0 and said == ""
+    assert run_json["decides"]["timesteps"] == timesteps
+    assert run_json["decides"]["method"] == "ddpm"
+
+
+def test_the_shipped_model_draws_digits(tmp_path, capsys):
+    status, _, _ = run(
+        *(capsys, "--num-samples", 4, "--steps", "ddim10", "--method", "ddim", "--class", "1,0"),
+        *("--out", tmp_path, "--quiet"),
+    )
+    one, zero = (pixels(tmp_path / "images" / f"00000{i}.png") for i in (0, 1))
+    assert status == 0 and one.shape == (28, 28)
+    # Digits are bright strokes on black, and a zero has more ink than a one.
+    assert np.median(one) == 0 and one.max() > 200 and zero.max() > 200
+    assert zero.mean() > one.mean()
+
+
+BAD = {
+    "no such model": (["--model", "nothing-here"], 2, "there is no model"),
+    "too many steps": (["--steps", "101"], 2, "between 1 and 100"),
+    "no steps": (["--steps", "0"], 2, "between 1 and 100"),
+    "steps that are no steps": (["--steps", "many"], 2, "steps"),
+    "ddim stride": (["--steps", "ddim77"], 2, "77"),
+    "no such class": (["--class", "3"], 2, "no class 3"),
+    "class that is no number": (["--class", "cat"], 2, "--class wants"),
+    "no samples": (["--num-samples", "0"], 2, "number of samples"),
+    "no batch": (["--batch-size", "0"], 2, "batch size"),
+    "eta": (["--eta", "0.5"], 2, "eta"),
+    "eta too large": (["--method", "ddim", "--eta", "2"], 2, "eta"),
+    "method": (["--method", "magic"], 2, "magic"),
+    "device": (["--device", "abacus"], 2, "abacus"),
+    "backend": (["--backend", "triton"], 1, "triton"),
+    "guidance": (["--guidance", "nan"], 2, "guidance"),
+}
+if not torch.cuda.is_available():
+    BAD["no cuda"] = (["--device", "cuda"], 2, "0 CUDA devices")
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(model_file, tmp_path, capsys, case):
+    arguments, wanted, words = BAD[case]
+    out = tmp_path / "out"
+    status, said, err = run(capsys, "--model", model_file, *arguments, "--out", out)
+    assert status == wanted and said == ""
+    last = err.strip().splitlines()[-1]
+    assert words in last and "Traceback" not in err
+    assert not out.exists()
+
+
+def test_a_truncated_model(model_file, tmp_path, capsys):
+    path = tmp_path / "cut.safetensors"
+    with open(model_file, "rb") as file:
+        path.write_bytes(file.read()[:5000])
+    status, _, err = run(capsys, "--model", path, "--out", tmp_path / "out")
+    assert status == 1 and len(err.splitlines()) == 1 and "truncated" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written(model_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    arguments = ["--model", model_file, "--out", tmp_path / "file" / "out", *QUICK]
+    status, _, err = run(capsys, *arguments)
+    assert status == 1 and len(err.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_full_disk_in_a_process_of_its_own(model_file, tmp_path):
+    """A file may hold 200 bytes: one sentence, status 1, no half-written file."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ddpm_fast.sample", "--model", model_file, "--num-samples", "9"]
+        + ["--out", str(tmp_path / "out"), "--quiet", *QUICK],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.returncode == 1, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("ddpm_fast.sample: ")
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or pixels(path).shape == (8, 8)
+
+
+def test_a_series_goes_to_the_npz_alone(tmp_path, capsys):
+    """A 1-D model leaves an npz, float32 (N, C, L), and no picture."""
+    config = UNetConfig(
+        in_channels=2,
+        sample_size=(16,),
+        base_channels=8,
+        channel_mult=(1, 1),
+        num_res_blocks=1,
+        attention_levels=(False, False),
+        norm_groups=4,
+    )
+    save_model(tmp_path / "m.safetensors", Model(UNet(config), NoiseSchedule.cosine(50)))
+    arguments = ["--model", tmp_path / "m.safetensors", "--num-samples", 3, "--steps", 5]
+    status, said, _ = run(capsys, *arguments, "--out", tmp_path / "out")
+    assert status == 0 and said.strip().endswith("samples_3x2x16.npz")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["run.json", "samples_3x2x16.npz"]
+    with np.load(tmp_path / "out" / "samples_3x2x16.npz") as file:
+        assert file["arr_0"].dtype == np.float32 and file["arr_0"].shape == (3, 2, 16)
+    status, _, err = run(capsys, *arguments, "--out", tmp_path / "gif", "--gif")
+    assert status == 2 and "--gif wants pictures" in err and not (tmp_path / "gif").exists()

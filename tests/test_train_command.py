@@ -1,0 +1,293 @@
+"""python -m ddpm_fast.train, end to end."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ddpm_fast import cli, train
+from ddpm_fast.checkpoint import load_model
+from ddpm_fast.training import Trainer
+
+NETWORK = ["--base-channels", "8", "--channel-mult", "1,2", "--num-res-blocks", "1"]
+NETWORK += ["--attention", "1", "--norm-groups", "4", "--timesteps", "20"]
+RUN = ["--batch-size", "4", "--warmup", "5", "--dtype", "float32", "--device", "cpu"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def arguments(data, out, *more: object) -> list[str]:
+    return [str(a) for a in ("--data", data, "--out", out, *NETWORK, *RUN, *more)]
+
+
+def command(*args, **settings) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "ddpm_fast.train", *arguments(*args)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        **settings,
+    )
+
+
+def here(*args) -> int:
+    """The command in this process: its exit status."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return cli.run(lambda: train.main(arguments(*args, "--quiet")), "ddpm_fast.train")
+    finally:
+        torch.set_num_threads(before)
+
+
+def losses(out: Path) -> list[tuple[str, str]]:
+    with (out / "log.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["step", "loss", "lr", "images_per_second", "seconds"]
+    return [(row[0], row[1]) for row in rows[1:]]
+
+
+def equal(one: Path, other: Path, name: str) -> bool:
+    a, b = load_file(one / name), load_file(other / name)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def finished(data_file, tmp_path_factory):
+    """A whole run of 120 steps in its own process."""
+    out = tmp_path_factory.mktemp("train") / "run"
+    done = command(data_file, out, "--steps", 120, "--save-every", 40, "--sample-every", 60)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    out, done = finished
+    names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    names = {name for name in names if not name.startswith("tensorboard")}
+    assert names == {
+        "checkpoint.safetensors",
+        "model.safetensors",
+        "log.csv",
+        "samples/0000060.png",
+        "samples/0000120.png",
+    }
+    with Image.open(out / "samples" / "0000120.png") as image:
+        assert image.size == (82, 82)  # 8 times 8 samples of 8x8, and gaps of 2
+    assert [step for step, _ in losses(out)] == ["50", "100", "120"]
+    assert "done at step 120 of 120" in done.stdout and str(out) in done.stdout
+    bar = done.stderr.split("\r")[-1]
+    assert "loss 0." in bar or "loss 1." in bar
+    assert "images/s" in bar and "120/120 [" in bar and "<" in bar  # elapsed < left
+
+
+def test_the_model_can_be_loaded_and_says_how_it_was_made(finished, data_file):
+    out, _ = finished
+    model = load_model(out)
+    assert model.provenance["step"] == 120
+    assert model.provenance["command"][:3] == ["python", "-m", "ddpm_fast.train"]
+    assert list(model.provenance["data"]) == [data_file.name]
+    assert (model.config.num_classes, model.config.null_class) == (3, "row")
+    checkpoint = load_file(out / "checkpoint.safetensors")
+    for name, value in model.unet.state_dict().items():
+        assert torch.equal(value, checkpoint[f"ema.{name}"])
+
+
+def test_a_run_is_not_overwritten(finished, data_file, capsys):
+    out, _ = finished
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert here(data_file, out, "--steps", 5) == 2
+    assert "already holds a training run: add --resume" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def interrupted(monkeypatch, step: int, number: int = signal.SIGINT) -> None:
+    """Let the signal arrive during the given step."""
+    one_step = Trainer.step
+
+    def stopping(self):
+        if self.step_count == step - 1:
+            signal.raise_signal(number)
+        return one_step(self)
+
+    monkeypatch.setattr(Trainer, "step", stopping)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_to_the_same_losses(
+    finished, data_file, tmp_path, monkeypatch, capsys, number
+):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        interrupted(patch, 73, number)
+        assert here(data_file, tmp_path, "--steps", 120) == 128 + number
+    assert "stopped at step 73 of 120" in capsys.readouterr().out
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert load_model(tmp_path).provenance["step"] == 73
+    # As if it had been killed a while after that checkpoint, the last line half written.
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("100,9.000000,1.000e-04,1.0,9\r\n150,9.00")
+    assert here(data_file, tmp_path, "--steps", 120, "--resume") == 0
+    out, _ = finished
+    assert losses(tmp_path) == losses(out)
+    assert equal(out, tmp_path, "model.safetensors")
+    assert equal(out, tmp_path, "checkpoint.safetensors")
+    assert here(data_file, tmp_path, "--steps", 120, "--resume") == 0  # there is nothing left to do
+    assert losses(tmp_path) == losses(out)
+
+
+@pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_from_outside_saves_first(data_file, tmp_path, number, status):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ddpm_fast.train"]
+        + arguments(data_file, tmp_path, "--steps", 10**6, "--save-every", 0),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    try:
+        log, deadline = tmp_path / "log.csv", time.monotonic() + 120
+        while not (log.exists() and log.read_text().count("\n") > 1):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        assert not (tmp_path / "checkpoint.safetensors").exists()
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == status
+    assert "stopped at step" in output and "Traceback" not in errors
+    assert load_model(tmp_path).provenance["step"] >= 50
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [
+        "checkpoint.safetensors",
+        "log.csv",
+        "model.safetensors",
+    ]
+
+
+def test_a_loss_that_is_not_finite_stops_and_the_last_good_state_stays(
+    data_file, tmp_path, monkeypatch, capsys
+):
+    one_loss = Trainer.loss
+    monkeypatch.setattr(
+        Trainer, "loss", lambda self: one_loss(self) * (np.nan if self.step_count == 45 else 1)
+    )
+    assert here(data_file, tmp_path, "--steps", 80, "--save-every", 20) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "not finite by step 50" in errors
+    assert "holds the last good state" in errors
+    assert load_model(tmp_path).provenance["step"] == 40
+    assert losses(tmp_path) == []
+
+
+def test_weights_that_are_not_finite_are_not_saved(data_file, tmp_path, monkeypatch, capsys):
+    """An infinite gradient: that step's loss is finite, and the weights after it are not."""
+    one_step = Trainer.step
+
+    def step(self):
+        loss = one_step(self)
+        if self.step_count == 7:
+            self.unet.conv_in.weight.data[0] = np.inf
+        return loss
+
+    monkeypatch.setattr(Trainer, "step", step)
+    assert here(data_file, tmp_path, "--steps", 7) == 1
+    errors = capsys.readouterr().err
+    assert "not finite by step 7" in errors and "last good state" not in errors
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["log.csv"]
+
+
+def test_a_sampling_grid_has_no_more_steps_than_the_schedule(data_file, tmp_path):
+    more = ("--steps", 2, "--timesteps", 3, "--sample-every", 2)
+    assert here(data_file, tmp_path, *more) == 0
+    assert (tmp_path / "samples" / "0000002.png").is_file()
+
+
+def test_series_are_trained_without_pictures(tmp_path):
+    np.savez(tmp_path / "a.npz", np.random.default_rng(0).uniform(-1, 1, (5, 2, 16)))
+    out = tmp_path / "run"
+    assert here(tmp_path / "a.npz", out, "--steps", 2, "--sample-every", 1) == 0
+    assert load_model(out).config.sample_shape == (2, 16)
+    assert not (out / "samples").exists()
+
+
+@pytest.mark.parametrize(
+    "more,message",
+    [
+        (("--steps", "0"), "steps must be between 1"),
+        (("--batch-size", "0"), "batch_size"),
+        (("--lr", "nan"), "lr must be"),
+        (("--ema", "2"), "ema must be"),
+        (("--seed", "-1"), "seed must be"),
+        (("--save-every", "-1"), "must be 0 or more"),
+        (("--size", "0x8"), "wanted HxW"),
+        (("--size", "8"), "only a folder of images can be scaled"),
+        (("--channel-mult", "1,x"), "wanted numbers like"),
+        (("--channel-mult", ""), "levels"),
+        (("--channel-mult", "1,1,1,1,1"), "multiples of 16, got (8, 8)"),
+        (("--attention", "2"), "--attention names levels 0 to 1"),
+        (("--base-channels", "6"), "norm_groups must divide"),
+        (("--num-heads", "3"), "num_heads must divide"),
+        (("--dropout", "1.1"), "dropout must be"),
+        (("--timesteps", "0"), "num_timesteps must be"),
+        (("--schedule", "square"), "invalid choice"),
+        (("--prediction", "noise"), "invalid choice"),
+        (("--dtype", "float16"), "invalid choice"),
+        (("--device", "tpu"), "device must be auto, cpu, cuda"),
+        (("--device", "cuda:99"), "CUDA devices"),
+        (("--resume",), "to go on from"),
+        (("--data", "nowhere"), "there is no data at"),
+    ],
+)
+def test_bad_arguments_are_a_usage_error(data_file, tmp_path, capsys, more, message):
+    try:
+        status = here(data_file, tmp_path / "run", *more)
+    except SystemExit as stop:  # argparse's own
+        status = stop.code
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if not line.startswith(("usage:", " "))]
+    assert status == 2
+    assert len(lines) == 1 and message in lines[0], lines
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_cannot_be_read_is_a_failure(tmp_path, capsys):
+    (tmp_path / "a.npz").write_bytes(b"PK no")
+    assert here(tmp_path / "a.npz", tmp_path / "run") == 1
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "is not a readable npz file" in errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("below", ["file", "file/run"])
+def test_a_folder_that_cannot_be_made_is_a_failure(data_file, tmp_path, capsys, below):
+    (tmp_path / "file").write_text("mine")
+    assert here(data_file, tmp_path / below, "--steps", 2) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and str(tmp_path / "file") in errors
+    assert (tmp_path / "file").read_text() == "mine" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_checkpoint_that_cannot_go_on_is_a_failure(finished, data_file, tmp_path, capsys):
+    out, _ = finished
+    assert here(data_file, out, "--steps", 120, "--resume", "--lr", 0.5) == 1
+    assert "lr: 0.0002 there, 0.5 now" in capsys.readouterr().err
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"x" * 100)
+    assert here(data_file, tmp_path, "--resume") == 1
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "not a readable safetensors file" in errors
+
+
+def test_a_failure_in_its_own_process_has_no_traceback(tmp_path):
+    done = command(tmp_path / "none", tmp_path / "run")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("ddpm_fast.train: there is no")

@@ -1,0 +1,362 @@
+"""The U-Net: each field of its configuration does what it says."""
+
+import dataclasses
+import math
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddpm_fast.unet import Attention, Downsample, ResBlock, UNet, timestep_embedding
+from ddpm_fast.unet_config import UNetConfig
+
+
+def inputs(config: UNetConfig, n: int = 2):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, *config.sample_shape, generator=generator), torch.tensor([3, 70])[:n]
+
+
+def count(unet: UNet, kind: type) -> int:
+    return sum(isinstance(module, kind) for module in unet.modules())
+
+
+def test_the_defaults_are_the_published_cifar10_model():
+    with torch.device("meta"):
+        unet = UNet(UNetConfig())
+    assert sum(p.numel() for p in unet.parameters()) == 35_746_307
+
+
+def test_a_new_network_predicts_zero(tiny_config):
+    unet = UNet(tiny_config())
+    assert not unet(*inputs(unet.config)).any()
+
+
+@pytest.mark.parametrize("order", ["sin_cos", "cos_sin", "interleaved"])
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_the_embedding_is_the_formula(order, shift):
+    half = 4
+    got = timestep_embedding(torch.tensor([0, 17, 999]), 2 * half, order, shift)
+    for row, t in zip(got, (0, 17, 999), strict=True):
+        angles = [t * 10000 ** (-i / (half - shift)) for i in range(half)]
+        sin, cos = [math.sin(a) for a in angles], [math.cos(a) for a in angles]
+        if order == "interleaved":
+            want = [v for pair in zip(sin, cos, strict=True) for v in pair]
+        else:
+            want = sin + cos if order == "sin_cos" else cos + sin
+        torch.testing.assert_close(row, torch.tensor(want), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"embedding_order": "cos_sin"},
+        {"embedding_order": "interleaved"},
+        {"embedding_shift": 0.0},
+        {"norm_eps": 1e-2},
+        {"norm_groups": 2},
+        {"downsample_padding": "symmetric"},
+        {"num_heads": 2},
+        {"num_heads": 2, "qkv_order": "heads"},
+    ],
+)
+def test_a_convention_changes_the_result_and_not_the_weights(change, tiny_unet, tiny_config):
+    before = tiny_unet()
+    after = UNet(tiny_config(**change)).eval()
+    after.load_state_dict(before.state_dict())
+    x = inputs(before.config)
+    assert (before(*x) - after(*x)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("groups,eps", [(4, 1e-6), (2, 0.5)])
+def test_every_norm_has_the_groups_and_eps(groups, eps, tiny_config):
+    unet = UNet(tiny_config(norm_groups=groups, norm_eps=eps))
+    norms = [m for m in unet.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert {(m.num_groups, m.eps) for m in norms} == {(groups, eps)}
+
+
+@pytest.mark.parametrize("size", [(8, 6), (8,)])
+@pytest.mark.parametrize("way", ["symmetric", "asymmetric"])
+def test_downsampling_pads_as_named(way, size, tiny_config):
+    config = tiny_config(sample_size=size, downsample_padding=way)
+    layer = Downsample(config, 8)
+    x = torch.randn(2, 8, *size)
+    padded = F.pad(x, (1, 1) * len(size) if way == "symmetric" else (0, 1) * len(size))
+    conv = F.conv1d if len(size) == 1 else F.conv2d
+    want = conv(padded, layer.conv.weight, layer.conv.bias, stride=2)
+    torch.testing.assert_close(layer(x), want)
+    assert want.shape[2:] == tuple(s // 2 for s in size)
+
+
+def norm(x, layer):
+    """GroupNorm, long-hand."""
+    groups = x.reshape(x.shape[0], layer.num_groups, -1)
+    mean, var = groups.mean(-1, keepdim=True), groups.var(-1, keepdim=True, unbiased=False)
+    x = ((groups - mean) / (var + layer.eps).sqrt()).reshape(x.shape)
+    return x * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+@pytest.mark.parametrize("resample", [None, "down", "up"])
+def test_a_residual_block_is_the_formula(scale_shift, resample, tiny_config):
+    block = ResBlock(tiny_config(scale_shift_norm=scale_shift), 8, 16, resample)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x, emb = torch.randn(2, 8, 4, 6), torch.randn(2, 32)
+
+    def resized(x):
+        if resample == "down":
+            return (
+                x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]
+            ) / 4
+        return x.repeat_interleave(2, -1).repeat_interleave(2, -2) if resample else x
+
+    def silu(x):
+        return x / (1 + (-x).exp())
+
+    h = F.conv2d(
+        resized(silu(norm(x, block.norm1))), block.conv1.weight, block.conv1.bias, padding=1
+    )
+    time = (emb @ block.time.weight.T + block.time.bias)[:, :, None, None]
+    if scale_shift:
+        h = norm(h, block.norm2) * (1 + time[:, :16]) + time[:, 16:]
+    else:
+        h = norm(h + time, block.norm2)
+    h = F.conv2d(silu(h), block.conv2.weight, block.conv2.bias, padding=1)
+    want = h + F.conv2d(resized(x), block.shortcut.weight, block.shortcut.bias)
+    torch.testing.assert_close(block(x, emb), want, rtol=1e-4, atol=1e-4)
+
+
+def attention(layer, x, heads):
+    """Self-attention with the rows of qkv as all queries, all keys, all values; long-hand."""
+    n, c, width = x.shape[0], x.shape[1], x.shape[1] // heads
+    rows = layer.qkv.weight.flatten(1) @ norm(x, layer.norm).flatten(2)
+    rows = rows + layer.qkv.bias[:, None]
+    h = torch.empty(n, c, rows.shape[-1])
+    for head in range(heads):
+        q, k, v = (rows[:, i * c + head * width : i * c + (head + 1) * width] for i in range(3))
+        weights = (torch.einsum("ncl,ncm->nlm", q, k) / math.sqrt(width)).softmax(-1)
+        h[:, head * width : (head + 1) * width] = torch.einsum("nlm,ncm->ncl", weights, v)
+    return x + F.conv2d(h.reshape(x.shape), layer.proj.weight, layer.proj.bias)
+
+
+@pytest.mark.parametrize("heads", [{"num_heads": 1}, {"num_heads": 4}, {"head_channels": 4}])
+def test_attention_is_the_formula_in_both_orders(heads, tiny_config):
+    config = tiny_config(**heads)
+    layer = Attention(config, 16)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x, number = torch.randn(2, 16, 4, 6), 1 if heads == {"num_heads": 1} else 4
+    want = attention(layer, x, number)
+    torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
+    other = Attention(dataclasses.replace(config, qkv_order="heads"), 16)
+    other.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        for p in (other.qkv.weight, other.qkv.bias):
+            p.copy_(p.reshape(3, number, -1, *p.shape[1:]).transpose(0, 1).reshape(p.shape))
+    torch.testing.assert_close(other(x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_head_channels_is_another_way_to_give_the_heads(tiny_unet):
+    by_number, by_width = tiny_unet(num_heads=4), tiny_unet(head_channels=4)
+    x = inputs(by_number.config)
+    assert torch.equal(by_number(*x), by_width(*x))
+
+
+@pytest.mark.parametrize(
+    "levels,middle,want",
+    [
+        ((False, False), False, 0),
+        ((False, False), True, 1),
+        ((True, False), False, 3),  # one on the way down, two up
+        ((True, True), True, 7),
+    ],
+)
+def test_attention_is_where_it_is_asked_for(levels, middle, want, tiny_config):
+    unet = UNet(tiny_config(attention_levels=levels, mid_attention=middle))
+    assert count(unet, Attention) == want
+    assert (unet.middle[0].attention is not None) == middle
+
+
+def test_residual_blocks_resample_instead_of_convolutions(tiny_config, tiny_unet):
+    plain, adm = UNet(tiny_config()), tiny_unet(resblock_updown=True)
+    assert count(plain, Downsample) == 1 and count(adm, Downsample) == 0
+    assert [m.resample for m in adm.modules() if isinstance(m, ResBlock) and m.resample] == [
+        "down",
+        "up",
+    ]
+    assert adm(*inputs(adm.config)).shape == (2, 1, 8, 8)
+
+
+def test_learned_sigma_doubles_the_channels(tiny_unet):
+    unet = tiny_unet(learn_sigma=True, in_channels=3)
+    assert unet(*inputs(unet.config)).shape == (2, 6, 8, 8)
+
+
+def test_dropout_is_for_training_only(tiny_unet):
+    unet = tiny_unet(dropout=0.5)
+    x = inputs(unet.config)
+    assert torch.equal(unet(*x), tiny_unet()(*x))
+    assert not torch.equal(unet.train()(*x), unet(*x))
+
+
+def test_the_row_is_the_null_class(tiny_unet):
+    unet = tiny_unet(num_classes=3, null_class="row")
+    x, t = inputs(unet.config)
+    assert unet.class_embedding.weight.shape == (4, 32)
+    null = unet(x, t)
+    assert torch.equal(null, unet(x, t, torch.tensor([3, 3])))
+    assert (null - unet(x, t, torch.tensor([0, 2]))).abs().amax((1, 2, 3)).min() > 1e-3
+    unet.class_embedding.weight[3] += 1
+    assert not torch.equal(null, unet(x, t))
+
+
+def test_the_zero_null_class_is_the_network_without_classes(tiny_unet, tiny_config):
+    unet = tiny_unet(num_classes=3, null_class="zero")
+    plain = UNet(tiny_config()).eval()
+    weights = unet.state_dict()
+    assert weights.pop("class_embedding.weight").shape == (3, 32)
+    plain.load_state_dict(weights)
+    x, t = inputs(unet.config)
+    torch.testing.assert_close(unet(x, t), plain(x, t))
+    mixed = unet(x, t, torch.tensor([3, 1]))
+    torch.testing.assert_close(mixed[:1], plain(x, t)[:1])
+    torch.testing.assert_close(mixed[1:], unet(x, t, torch.tensor([1, 1]))[1:])
+    assert (mixed[1] - plain(x, t)[1]).abs().max() > 1e-3
+
+
+def test_without_a_null_class_a_label_is_needed(tiny_unet):
+    unet = tiny_unet(num_classes=3)
+    x, t = inputs(unet.config)
+    assert unet.class_embedding.weight.shape == (3, 32)
+    assert not torch.equal(unet(x, t, torch.tensor([0, 0])), unet(x, t, torch.tensor([2, 2])))
+    with pytest.raises(ValueError, match="without a null class: give class_labels"):
+        unet(x, t)
+    with pytest.raises(ValueError, match=r"must be in 0\.\.2, got 0 to 3"):
+        unet(x, t, torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize("null", ["row", "zero"])
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([0, 4]), torch.tensor([-1, 0]), torch.zeros(2), torch.zeros(1).long()]
+)
+def test_labels_that_do_not_exist_are_refused(null, labels, tiny_unet):
+    unet = tiny_unet(num_classes=3, null_class=null)
+    with pytest.raises(ValueError, match="class_labels must be"):
+        unet(*inputs(unet.config), labels)
+
+
+def test_inputs_that_do_not_fit_are_refused(tiny_unet):
+    unet = tiny_unet()
+    x, t = inputs(unet.config)
+    with pytest.raises(ValueError, match="trained without classes"):
+        unet(x, t, torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match="1 channels, got 3"):
+        unet(x.repeat(1, 3, 1, 1), t)
+    with pytest.raises(ValueError, match=r"t must have shape \(2,\)"):
+        unet(x, t[:1])
+    with pytest.raises(ValueError, match="multiples of 2, got"):
+        unet(x[..., :7], t)
+    with pytest.raises(ValueError, match="2 spatial sizes"):
+        unet(x[..., 0], t)
+
+
+@pytest.mark.parametrize(
+    "size,levels",
+    [((28, 28), 2), ((28, 28), 3), ((8, 20), 3), ((16,), 3), ((6,), 2)],
+)
+@pytest.mark.parametrize("updown", [False, True])
+def test_sizes_that_can_be_halved_work(size, levels, updown, tiny_unet):
+    unet = tiny_unet(
+        sample_size=size,
+        channel_mult=(1,) * levels,
+        attention_levels=(False,) * (levels - 1) + (True,),
+        resblock_updown=updown,
+    )
+    x, t = inputs(unet.config)
+    assert unet(x, t).shape == x.shape
+
+
+def test_a_size_that_cannot_be_halved_is_refused_with_the_rule(tiny_config):
+    four = {"channel_mult": (1, 1, 1, 1), "attention_levels": (False,) * 4}
+    with pytest.raises(ValueError, match=r"4 levels needs 2 spatial .* multiples of 8, got \(28"):
+        tiny_config(sample_size=(28, 28), **four)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"in_channels": 0},
+        {"in_channels": 1.0},
+        {"sample_size": (8, 8, 8)},
+        {"sample_size": ()},
+        {"sample_size": 8},
+        {"sample_size": (0, 8)},
+        {"base_channels": -8},
+        {"base_channels": 10**9},
+        {"base_channels": 7},
+        {"base_channels": 2, "norm_groups": 1, "num_heads": 1},
+        {"channel_mult": ()},
+        {"channel_mult": "12"},
+        {"channel_mult": (1, 0)},
+        {"channel_mult": (1,) * 11},
+        {"num_res_blocks": 0},
+        {"num_res_blocks": True},
+        {"num_res_blocks": 10**9},
+        {"attention_levels": (True,)},
+        {"attention_levels": (0, 1)},
+        {"mid_attention": "no"},
+        {"num_heads": 0},
+        {"num_heads": 3},
+        {"head_channels": 5},
+        {"norm_groups": 3},
+        {"norm_groups": 0},
+        {"norm_eps": float("nan")},
+        {"dropout": 1.5},
+        {"dropout": "0.1"},
+        {"embedding_shift": 4.0},
+        {"embedding_order": "sin"},
+        {"qkv_order": None},
+        {"downsample_padding": "both"},
+        {"null_class": "row"},
+        {"num_classes": 0, "null_class": "row"},
+        {"learn_sigma": 1},
+    ],
+)
+def test_a_configuration_that_makes_no_network_is_refused(change, tiny_config):
+    with pytest.raises(ValueError) as caught:
+        tiny_config(**change)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+
+
+def test_heads_matter_only_where_there_is_attention(tiny_config):
+    assert tiny_config(head_channels=16).head_channels == 16  # the first level has 8 channels
+
+
+def test_a_configuration_survives_its_dict(tiny_config):
+    config = tiny_config(num_classes=3, null_class="zero", head_channels=4)
+    assert UNetConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="unknown U-Net fields"):
+        UNetConfig.from_dict({"depth": 3})
+    with pytest.raises(ValueError, match="must be a dict"):
+        UNetConfig.from_dict([1])
+
+
+def test_a_state_dict_survives(tiny_unet, tiny_config, tmp_path):
+    unet = tiny_unet(num_classes=3, null_class="row")
+    torch.save(unet.state_dict(), tmp_path / "weights.pt")
+    other = UNet(unet.config).eval()
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    x = inputs(unet.config)
+    assert torch.equal(unet(*x), other(*x))
+
+
+def test_labels_on_a_gpu_are_not_waited_for(tiny_unet):
+    """What stands for a tensor on a GPU: one whose values must not be asked for."""
+    unet = tiny_unet(num_classes=3, null_class="row")
+    x, t = inputs(unet.config)
+    labels = mock.Mock(spec=torch.Tensor, shape=(2,), dtype=torch.int64)
+    labels.device = torch.device("cuda")
+    unet._check(x, t, labels)
+    labels.min.assert_not_called()
+    labels.max.assert_not_called()
