@@ -13,7 +13,7 @@ test: $(VENV)/built
 	$(PY) -m pytest
 
 bench: $(VENV)/built
-	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json
+	$(PY) -m pytest benchmarks --benchmark-only
 
 # These use $(PYTHON) with the torch it has, and install nothing.
 test-gpu bench-gpu:

@@ -2,13 +2,16 @@
 
     python -m pytest benchmarks/bench_sampling.py --benchmark-only
 
-Each round is STEPS steps of one batch; `ms_per_step` and `images_per_second_1000` (for 1000 steps)
-are in the extra info.
+Each round is STEPS steps of one batch. Milliseconds a step go to results/sampling.json; they and
+the images/s of 1000 steps are in the extra info.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import results
 import torch
 
 from ddpm_fast.checkpoint import load_model
@@ -25,10 +28,18 @@ LOOPS = {
 }
 
 
+@pytest.fixture(scope="module")
+def figures() -> Iterator[dict[str, dict[int, float]]]:
+    """{loop and dtype: {batch size: milliseconds a step}}, written when all are measured."""
+    rows: dict[str, dict[int, float]] = {}
+    yield rows
+    results.write("sampling", rows)
+
+
 @pytest.mark.parametrize("batch_size", [1, 16, 64])
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("dtype", ["float32", "auto"])
-def test_sampling(benchmark, loop, batch_size, dtype):
+def test_sampling(benchmark, figures, loop, batch_size, dtype):
     if loop == "captured" and not CUDA:
         pytest.skip("there is no CUDA device to capture on")
     sampler = Sampler.from_model(
@@ -42,6 +53,7 @@ def test_sampling(benchmark, loop, batch_size, dtype):
 
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
     step = benchmark.stats.stats.median / STEPS
-    benchmark.extra_info["dtype"] = str(sampler.dtype).removeprefix("torch.")
+    name = f"{loop}, {str(sampler.dtype).removeprefix('torch.')}"
+    figures.setdefault(name, {})[batch_size] = 1e3 * step
     benchmark.extra_info["ms_per_step"] = 1e3 * step
     benchmark.extra_info["images_per_second_1000"] = batch_size / (1000 * step)

@@ -125,9 +125,10 @@ def main() -> None:
     model = train(args.data, args.epochs, args.cache)
     test = scaled(read_idx(args.data / "t10k-images-idx3-ubyte.gz"))
     probabilities, real = judge(model, test)
+    right = probabilities.argmax(1) == labels(args.data, "t10k")
     figures = {
         "steps": args.steps,
-        "classifier_accuracy": float((probabilities.argmax(1) == labels(args.data, "t10k")).float().mean()),
+        "classifier_accuracy": float(right.float().mean()),
         "real_recognised": float((probabilities.max(1).values > 0.9).float().mean()),
     }
     free = draw(args, max(args.num_samples, args.num_frechet), 1000, None)

@@ -28,7 +28,9 @@ class CapturedStep:
                 step()
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise RuntimeError(f"the network cannot be captured in a CUDA graph: {reason}") from None
+            raise RuntimeError(
+                f"the network cannot be captured in a CUDA graph: {reason}"
+            ) from None
 
     def __call__(self) -> None:
         self.graph.replay()

@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 to 1")
     p.add_argument("--class", dest="classes", help='"3", "0,1,2" or "all"; default: none asked')
     p.add_argument("--guidance", type=float, default=1.0, help="classifier-free; 1 is off")
-    p.add_argument("--variance", choices=("fixed_small", "fixed_large"), help="default: the model's")
+    p.add_argument(
+        "--variance", choices=("fixed_small", "fixed_large"), help="default: the model's"
+    )
     p.add_argument("--no-clip", action="store_true", help="let pred_xstart leave [-1, 1]")
     p.add_argument("--graphs", action="store_true", help="capture the step in a CUDA graph")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")

@@ -72,6 +72,22 @@ def model_file(tmp_path):
     return path
 
 
+CLASSES = {"num_classes": 3, "null_class": "row"}
+
+
+@pytest.fixture(scope="session")
+def class_model() -> Model:
+    """A tiny model of three classes."""
+    return _tiny_model(**CLASSES)
+
+
+@pytest.fixture(scope="session")
+def class_model_file(class_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "classes.safetensors"
+    save_model(path, class_model)
+    return path
+
+
 @pytest.fixture(scope="session")
 def images() -> tuple[np.ndarray, np.ndarray]:
     """Eleven uint8 images (11, 8, 8) and their labels (11,), of three classes."""

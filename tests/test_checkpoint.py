@@ -261,7 +261,7 @@ def test_weights_that_do_not_fit_the_dtype_are_not_saved(tmp_path, tiny_model):
     save_model(path, model)
     before = path.read_bytes()
     model.unet.conv_in.bias[0] = 1e6
-    with pytest.raises(ValueError, match="'conv_in.bias' is not finite in torch.float16"):
+    with pytest.raises(ValueError, match="is not finite in torch"):
         save_model(path, model, torch.float16)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]
 

@@ -2,8 +2,6 @@
 
 import itertools
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -366,68 +364,3 @@ def test_reference_backend_gives_the_same_step():
         runs.append((out, a["previous_pred_xstart"], status.tolist()))
     assert same_bits(runs[0][0], runs[1][0]) and same_bits(runs[0][1], runs[1][1])
     assert runs[0][2] == runs[1][2]
-
-
-def python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_backend_choice():
-    name, reason = ops.resolve_backend("cpu")
-    if not os.environ.get("DDPM_FAST_BACKEND"):
-        assert name == "cpu" and "CPU level" in reason
-    assert ops.resolve_backend("cpu", "reference")[0] == "reference"
-    assert ops.resolve_backend("cuda")[0] == "reference"
-    for asked in ("cuda", "triton", "tpu"):
-        with pytest.raises(ops.BackendError):
-            ops.resolve_backend("cpu", asked)
-
-
-def test_environment_chooses_the_backend(monkeypatch):
-    backend._resolve.cache_clear()
-    monkeypatch.setenv("DDPM_FAST_BACKEND", "reference")
-    assert ops.resolve_backend("cpu")[0] == "reference"
-    backend._resolve.cache_clear()
-    monkeypatch.setenv("DDPM_FAST_BACKEND", "triton")
-    with pytest.raises(ops.BackendError, match="no Triton kernels"):
-        ops.resolve_backend("cpu")
-    backend._resolve.cache_clear()
-
-
-def test_environment_chooses_the_level():
-    code = """
-import os
-from ddpm_fast import backend
-try:
-    backend.extension.cpu_level()
-except RuntimeError as error:
-    print(error)
-os.environ["DDPM_FAST_CPU"] = "baseline"
-print("in use:", backend.extension.cpu_level())
-"""
-    run = python(code, DDPM_FAST_CPU="vax")
-    assert "not available here" in run.stdout, run.stderr
-    assert "in use: baseline" in run.stdout
-
-
-def test_without_the_extension_the_reference_is_used_with_one_warning():
-    code = """
-import sys, warnings
-sys.modules["ddpm_fast._C"] = None
-import torch
-from ddpm_fast import ops
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for _ in range(2):
-        ops.randn(torch.arange(1), torch.arange(1), (4,))
-print(len(caught), caught[0].message)
-ops.resolve_backend("cpu", "cpu")
-"""
-    run = python(code, DDPM_FAST_BACKEND="")
-    assert run.stdout.startswith("1 ") and "pip install" in run.stdout, run.stderr
-    assert "BackendError" in run.stderr

@@ -14,34 +14,14 @@ import torch
 from PIL import Image
 
 from ddpm_fast import cli, noise, sample
-from ddpm_fast.checkpoint import Model, save_model
-from ddpm_fast.schedule import NoiseSchedule
-from ddpm_fast.unet import UNet
-from ddpm_fast.unet_config import UNetConfig
+from ddpm_fast.checkpoint import read_tensors, save_model, write_tensors
 
 QUICK = ["--steps", "5", "--dtype", "float32"]
 
 
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory) -> str:
-    torch.manual_seed(1)
-    config = UNetConfig(
-        in_channels=1,
-        sample_size=(8, 8),
-        base_channels=8,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention_levels=(False, True),
-        norm_groups=4,
-        num_classes=3,
-        null_class="row",
-    )
-    unet = UNet(config)
-    for parameter in unet.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    save_model(path, Model(unet, NoiseSchedule.linear(100, 1e-3, 0.2)))
-    return str(path)
+@pytest.fixture
+def model_file(class_model_file) -> str:
+    return str(class_model_file)
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
@@ -175,6 +155,16 @@ def test_a_truncated_model(model_file, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_are_not_finite(class_model_file, tmp_path, capsys):
+    tensors, metadata = read_tensors(class_model_file, "model")
+    tensors["conv_in.weight"][0, 0, 0, 0] = torch.nan
+    write_tensors(tmp_path / "nan.safetensors", tensors, metadata)
+    arguments = ["--model", tmp_path / "nan.safetensors", "--out", tmp_path / "out"]
+    status, _, err = run(capsys, *arguments)
+    assert status == 1 and len(err.splitlines()) == 1 and "conv_in.weight" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_cannot_be_written(model_file, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     arguments = ["--model", model_file, "--out", tmp_path / "file" / "out", *QUICK]
@@ -185,9 +175,9 @@ def test_a_folder_that_cannot_be_written(model_file, tmp_path, capsys):
 
 def test_a_full_disk_in_a_process_of_its_own(model_file, tmp_path):
     """A file may hold 200 bytes: one sentence, status 1, no half-written file."""
+    arguments = ["--model", model_file, "--num-samples", "9", "--out", str(tmp_path / "out")]
     done = subprocess.run(
-        [sys.executable, "-m", "ddpm_fast.sample", "--model", model_file, "--num-samples", "9"]
-        + ["--out", str(tmp_path / "out"), "--quiet", *QUICK],
+        [sys.executable, "-m", "ddpm_fast.sample", *arguments, "--quiet", *QUICK],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)),
         capture_output=True,
         text=True,
@@ -199,23 +189,15 @@ def test_a_full_disk_in_a_process_of_its_own(model_file, tmp_path):
         assert path.is_dir() or pixels(path).shape == (8, 8)
 
 
-def test_a_series_goes_to_the_npz_alone(tmp_path, capsys):
+def test_a_series_goes_to_the_npz_alone(tiny_model, tmp_path, capsys):
     """A 1-D model leaves an npz, float32 (N, C, L), and no picture."""
-    config = UNetConfig(
-        in_channels=2,
-        sample_size=(16,),
-        base_channels=8,
-        channel_mult=(1, 1),
-        num_res_blocks=1,
-        attention_levels=(False, False),
-        norm_groups=4,
-    )
-    save_model(tmp_path / "m.safetensors", Model(UNet(config), NoiseSchedule.cosine(50)))
-    arguments = ["--model", tmp_path / "m.safetensors", "--num-samples", 3, "--steps", 5]
+    save_model(tmp_path / "m.safetensors", tiny_model(in_channels=2, sample_size=(16,)))
+    arguments = ["--model", tmp_path / "m.safetensors", "--num-samples", 3, *QUICK]
     status, said, _ = run(capsys, *arguments, "--out", tmp_path / "out")
-    assert status == 0 and said.strip().endswith("samples_3x2x16.npz")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["run.json", "samples_3x2x16.npz"]
-    with np.load(tmp_path / "out" / "samples_3x2x16.npz") as file:
+    name = "samples_3x2x16.npz"
+    assert status == 0 and said.strip().endswith(name)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["run.json", name]
+    with np.load(tmp_path / "out" / name) as file:
         assert file["arr_0"].dtype == np.float32 and file["arr_0"].shape == (3, 2, 16)
     status, _, err = run(capsys, *arguments, "--out", tmp_path / "gif", "--gif")
     assert status == 2 and "--gif wants pictures" in err and not (tmp_path / "gif").exists()

@@ -9,35 +9,13 @@ from ddpm_fast import noise, reference
 from ddpm_fast.checkpoint import Model
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
-from ddpm_fast.unet import UNet
-from ddpm_fast.unet_config import UNetConfig
 
 SETTINGS = {"steps": 20, "backend": "cpu"}
 
 
-def tiny(**changes) -> Model:
-    """A small network with random, non-trivial weights everywhere."""
-    fields = {
-        "in_channels": 1,
-        "sample_size": (8, 8),
-        "base_channels": 8,
-        "channel_mult": (1, 2),
-        "num_res_blocks": 1,
-        "attention_levels": (False, True),
-        "norm_groups": 4,
-        "num_classes": 3,
-        "null_class": "row",
-    }
-    torch.manual_seed(0)
-    unet = UNet(UNetConfig(**(fields | changes)))
-    for parameter in unet.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return Model(unet.eval().requires_grad_(False), NoiseSchedule.linear(100, 1e-3, 0.2))
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return tiny()
+@pytest.fixture
+def model(class_model) -> Model:
+    return class_model
 
 
 @pytest.mark.parametrize(
@@ -166,8 +144,8 @@ def test_any_callable_and_any_rank(shape):
     assert runs[0].shape == (3, *shape) and torch.equal(*runs)
 
 
-def test_learned_variance_model():
-    model = tiny(learn_sigma=True)
+def test_learned_variance_model(tiny_model):
+    model = tiny_model(learn_sigma=True)
     model.variance_type = "learned_range"
     runs = [
         Sampler.from_model(model, steps=20, backend=b, **v).sample(2)
@@ -207,14 +185,14 @@ def test_bad_runs_are_refused_in_a_sentence(model, changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_conditions_that_a_model_lacks_are_refused():
-    plain = tiny(num_classes=None, null_class="none")
+def test_conditions_that_a_model_lacks_are_refused(model, tiny_model):
+    plain = tiny_model()
     with pytest.raises(ValueError, match="without them"):
         Sampler.from_model(plain, **SETTINGS).sample(1, classes=[0])
     with pytest.raises(ValueError, match="null class"):
         Sampler.from_model(plain, guidance_scale=2.0, **SETTINGS)
     with pytest.raises(ValueError, match="towards a class"):
-        Sampler.from_model(tiny(), guidance_scale=2.0, **SETTINGS).sample(1)
-    needy = tiny(null_class="none")
+        Sampler.from_model(model, guidance_scale=2.0, **SETTINGS).sample(1)
+    needy = tiny_model(num_classes=3)
     with pytest.raises(ValueError, match="always needs a class"):
         Sampler.from_model(needy, **SETTINGS).sample(1)

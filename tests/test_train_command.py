@@ -146,9 +146,9 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(
 
 @pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_from_outside_saves_first(data_file, tmp_path, number, status):
+    args = arguments(data_file, tmp_path, "--steps", 10**6, "--save-every", 0)
     process = subprocess.Popen(
-        [sys.executable, "-m", "ddpm_fast.train"]
-        + arguments(data_file, tmp_path, "--steps", 10**6, "--save-every", 0),
+        [sys.executable, "-m", "ddpm_fast.train", *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,4 +1,4 @@
-"""The training step: what is random in it, what it computes, and that it goes on where it stopped."""
+"""The training step: what is random in it, what it computes, and how it goes on after a stop."""
 
 import dataclasses
 import json
@@ -125,11 +125,11 @@ def test_flipping_mirrors_half_of_the_samples(trainer):
 
 
 def test_the_average_is_the_formula(trainer):
-    t = trainer(dataclasses.replace(SETTINGS, ema=0.5))
+    t = trainer(dataclasses.replace(SETTINGS, ema=0.3))
     want = {k: v.double().clone() for k, v in t.unet.state_dict().items()}
-    for k in range(20):
+    for k in range(8):
         t.step()
-        decay = min(0.5, (1 + k) / (10 + k))
+        decay = min(0.3, (1 + k) / (10 + k))
         for name, value in t.unet.state_dict().items():
             want[name] = decay * want[name] + (1 - decay) * value.double()
     averaged = t.averaged().unet
@@ -333,7 +333,7 @@ def test_a_checkpoint_with_damaged_tensors_is_refused(saved, trainer):
     ):
         write_tensors(saved, tensors, metadata)
         t = trainer()
-        with pytest.raises(CheckpointError, match="exp_avg.conv_in.weight is missing or of"):
+        with pytest.raises(CheckpointError, match="is missing or of another shape"):
             t.load(saved)
         assert t.step_count == 0
     saved.write_bytes(saved.read_bytes()[:-9])

@@ -1,0 +1,70 @@
+"""Write the README's measured tables from benchmarks/results/*.json.
+
+python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->"
+
+
+def _read(name: str) -> dict | None:
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _where(document: dict) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items())
+    device = f"{document['device']} ({', '.join(document['instruction_sets'])})"
+    return f"{device}, {document['threads']} threads, {versions}, {document['date']}"
+
+
+def peer_diffusers() -> str:
+    document = _read("peer_diffusers")
+    if document is None:
+        return ""
+    figures = document["figures"]
+    lines = [
+        f"{figures['num_samples']} digits, {figures['steps']} steps of DDPM, the same weights, one "
+        f"run: {_where(document)}.",
+        "",
+        "| | seconds | images/s | against diffusers float32 |",
+        "|---|---|---|---|",
+    ]
+    for name, row in figures.items():
+        if isinstance(row, dict):
+            rate, ratio = row["images_per_second"], row["ratio"]
+            lines.append(f"| {name} | {row['seconds']:.1f} | {rate:.2f} | {ratio:.2f}x |")
+    return "\n".join(lines) + "\n"
+
+
+def sampling() -> str:
+    document = _read("sampling")
+    if document is None:
+        return ""
+    lines = [
+        f"Milliseconds a step of the shipped model: {_where(document)}.",
+        "",
+        "| loop, dtype of the network | batch 1 | batch 16 | batch 64 |",
+        "|---|---|---|---|",
+    ]
+    for name, row in document["figures"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{row[b]:.2f}" for b in ("1", "16", "64")) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    head, rest = text.split(BEGIN)
+    tail = rest[rest.index(END) :]
+    tables = "\n".join(t for t in (peer_diffusers(), sampling()) if t)
+    readme.write_text(f"{head}{BEGIN}{tables}{tail}")
+
+
+if __name__ == "__main__":
+    main()
