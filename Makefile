@@ -37,8 +37,12 @@ clean:
 $(VENV)/installed: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "ddpm_fast needs Python 3.10 or newer: set PYTHON=... to one."; exit 1; }
-	@command -v $${CXX:-c++} g++ clang++ >/dev/null || { \
+	@if [ -n "$$CXX" ]; then command -v "$${CXX%% *}"; else \
+	  command -v c++ || command -v g++ || command -v clang++; fi >/dev/null || { \
 	  echo "ddpm_fast needs a C++ compiler: install one (Debian, Ubuntu: g++)."; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; \
+	  sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { \
+	  echo "ddpm_fast needs Python's headers: install them (Debian, Ubuntu: python3-dev)."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) >/dev/null || { \
 	  echo "ddpm_fast needs Python's venv: install it (Debian, Ubuntu: python3-venv)."; exit 1; }
 	$(PY) -m pip install --quiet --disable-pip-version-check -r constraints.txt

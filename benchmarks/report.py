@@ -53,8 +53,39 @@ def sampling() -> str:
         "|---|---|---|---|",
     ]
     for name, row in document["figures"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{row[b]:.2f}" for b in ("1", "16", "64")) + " |")
+        cells = [f"{row[b]:.2f}" if b in row else "" for b in ("1", "16", "64")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def batch_sizes() -> str:
+    document = _read("batch_sizes")
+    if document is None:
+        return ""
+    figures = document["figures"]
+    lines = [
+        f"Sample 42 drawn in {figures['steps']} steps, the largest difference in grey levels of 255: "
+        f"{_where(document)}. Noise and update are equal; where there is a difference, it is the "
+        f"network library's choice of algorithm for the batch size.",
+        "",
+    ]
+    rows = {k: v for k, v in figures.items() if isinstance(v, dict)}
+    columns = list(next(iter(rows.values())))
+    lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {k} | {' | '.join(str(row[c]) for c in columns)} |" for k, row in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def fresh_machine() -> str:
+    document = _read("fresh_machine")
+    if document is None:
+        return ""
+    f = document["figures"]
+    return (
+        f"`make sample` in a clean clone: {f['install']:.0f} s to install (from a package mirror "
+        f"nearby), {f['build']:.0f} s to build, {f['sample']:.0f} s to sample; a second call "
+        f"{f['again']:.0f} s. {_where(document)}.\n"
+    )
 
 
 def main() -> None:
@@ -62,7 +93,9 @@ def main() -> None:
     text = readme.read_text()
     head, rest = text.split(BEGIN)
     tail = rest[rest.index(END) :]
-    tables = "\n".join(t for t in (peer_diffusers(), sampling()) if t)
+    tables = "\n".join(
+        t for t in (peer_diffusers(), sampling(), batch_sizes(), fresh_machine()) if t
+    )
     readme.write_text(f"{head}{BEGIN}{tables}{tail}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import time
 from importlib import metadata
@@ -11,17 +10,9 @@ from pathlib import Path
 
 import torch
 
+from ddpm_fast.device import device_name, resolve_device
+
 FOLDER = Path(__file__).parent / "results"
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def instruction_sets() -> list[str]:
@@ -51,7 +42,7 @@ def write(name: str, figures: dict) -> Path:
     path = FOLDER / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     document = {
-        "device": device_name(),
+        "device": device_name(resolve_device("auto")),
         "instruction_sets": instruction_sets(),
         "threads": torch.get_num_threads(),
         "versions": {p: v for p in packages if (v := _version(p))},

@@ -53,15 +53,15 @@ struct StepArgs {
   int32_t model_channels;  // channels, or twice that with learned variances
 };
 
-constexpr int64_t chunks_of(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
+// Static, so that the linker takes no file's copy, with its instructions, for another's.
+static constexpr int64_t chunks_of(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
 
 // One instruction-set level. Ranges are in chunks: [0, samples * chunks_of(elements)).
 struct CpuKernels {
   const char* name;
   void (*randn)(const RandnArgs&, int64_t begin, int64_t end);
   void (*q_sample)(const QSampleArgs&, int64_t begin, int64_t end);
-  // The first sample of the range with a value that is not finite, or -1; looked for only if
-  // there is a status word.
+  // Returns the first sample of the range with a value that is not finite, or -1.
   int64_t (*step)(const StepArgs&, int64_t begin, int64_t end);
 };
 
@@ -75,9 +75,10 @@ extern const CpuKernels kBaselineKernels;
 extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
 
-// Launchers; each returns cudaError_t. A bad row leaves its sample as it was and sets the status.
+// Launchers; each returns cudaError_t. A bad row of a step leaves its sample as it was and sets the
+// status; a bad timestep makes its sample NaN.
 int cuda_randn(const RandnArgs& args, void* stream);
-int cuda_q_sample(const QSampleArgs& args, int32_t* status, void* stream);
+int cuda_q_sample(const QSampleArgs& args, void* stream);
 int cuda_step(const StepArgs& args, void* stream);
 const char* cuda_error_string(int code);
 

@@ -50,6 +50,32 @@ Tensor randn(Tensor seed, Tensor sample_index, std::vector<int64_t> shape, int64
   return out;
 }
 
+// `t`, or a copy of it in the memory order of `like`.
+Tensor ordered_like(const Tensor& like, const Tensor& t) {
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (t.size(i) > 1 && t.stride(i) != like.stride(i)) {
+      Tensor same = torch::stable::empty_like(like);
+      return torch::stable::copy_(same, t);
+    }
+  }
+  return t;
+}
+
+// `x_t` says where. On a CPU what is wrong with a timestep is said at once.
+void run_q_sample(const QSampleArgs& args, const Tensor& x_t) {
+  if (!x_t.is_cpu()) {
+    launch(x_t, [&](void* s) { return cuda_q_sample(args, s); });
+    return;
+  }
+  for (int64_t n = 0; n < args.samples; ++n) {
+    require(args.timesteps[n] >= 0 && args.timesteps[n] < args.table_rows, "timesteps[", n, "] is ",
+            args.timesteps[n], ", but the table has the rows 0 to ", args.table_rows - 1, ".");
+  }
+  const CpuKernels& kernels = cpu_kernels();
+  over_chunks(args.samples, args.channels * args.pixels,
+              [&](int64_t begin, int64_t end) { kernels.q_sample(args, begin, end); });
+}
+
 std::tuple<Tensor, Tensor> q_sample(Tensor x_start, Tensor coefficients, Tensor timesteps,
                                     Tensor seed, Tensor sample_index, std::optional<Tensor> noise) {
   require_dtype("x_start", x_start, ScalarType::Float);
@@ -61,26 +87,17 @@ std::tuple<Tensor, Tensor> q_sample(Tensor x_start, Tensor coefficients, Tensor 
   seed = per_sample("seed", seed, shape.samples, x_start);
   sample_index = per_sample("sample_index", sample_index, shape.samples, x_start);
   Tensor x_t = torch::stable::empty_like(x_start);
-  // One layout serves all four: where they differ (a slice, say), the inputs are copied.
-  auto like_x_t = [&](const Tensor& t) {
-    for (int64_t i = 0; i < t.dim(); ++i) {
-      if (t.size(i) > 1 && t.stride(i) != x_t.stride(i)) {
-        Tensor same = torch::stable::empty_like(x_t);
-        return torch::stable::copy_(same, t);
-      }
-    }
-    return t;
-  };
   const std::optional<Layout> layout = layout_of(x_t);
   if (!layout)
     return q_sample(torch::stable::contiguous(x_start), coefficients, timesteps, seed, sample_index,
                     noise);
-  x_start = like_x_t(x_start);
+  // One layout serves all four: where they differ (a slice, say), the inputs are copied.
+  x_start = ordered_like(x_t, x_start);
   if (noise) {
     require_dtype("noise", *noise, ScalarType::Float);
     require_device("noise", *noise, x_start);
     require_same_shape("noise", *noise, "x_start", x_start);
-    noise = like_x_t(*noise);
+    noise = ordered_like(x_t, *noise);
   }
   const std::vector<int64_t> none{0};
   Tensor drawn = noise ? torch::stable::new_empty(x_t, none) : torch::stable::empty_like(x_t);
@@ -98,18 +115,7 @@ std::tuple<Tensor, Tensor> q_sample(Tensor x_start, Tensor coefficients, Tensor 
                          shape.pixels,
                          coefficients.size(0),
                          1};
-  if (x_t.is_cpu()) {
-    for (int64_t n = 0; n < shape.samples; ++n) {
-      require(args.timesteps[n] >= 0 && args.timesteps[n] < args.table_rows, "timesteps[", n,
-              "] is ", args.timesteps[n], ", but the table has the rows 0 to ", args.table_rows - 1,
-              ".");
-    }
-    const CpuKernels& kernels = cpu_kernels();
-    over_chunks(shape.samples, shape.elements(),
-                [&](int64_t begin, int64_t end) { kernels.q_sample(args, begin, end); });
-  } else {
-    launch(x_t, [&](void* s) { return cuda_q_sample(args, nullptr, s); });
-  }
+  run_q_sample(args, x_t);
   return {x_t, drawn};
 }
 

@@ -38,6 +38,11 @@ def is_available() -> bool:
     return extension is not None
 
 
+def is_overridden() -> bool:
+    """Whether DDPM_FAST_BACKEND says what "auto" is."""
+    return os.environ.get("DDPM_FAST_BACKEND", "").strip() not in ("", "auto")
+
+
 def _missing() -> str:
     return f"the compiled extension is missing ({extension_error}); {BUILD_HINT}"
 
@@ -88,8 +93,8 @@ def _automatic(device: torch.device) -> tuple[str, str]:
 def _resolve(device_type: str, requested: str) -> tuple[str, str]:
     device = torch.device(device_type)
     source = "it was asked for"
-    if requested == "auto":
-        requested = os.environ.get("DDPM_FAST_BACKEND", "").strip() or "auto"
+    if requested == "auto" and is_overridden():
+        requested = os.environ["DDPM_FAST_BACKEND"].strip()
         source = "DDPM_FAST_BACKEND asks for it"
     if requested not in NAMES:
         raise BackendError(f"the backend must be one of {', '.join(NAMES)}, not {requested!r}.")

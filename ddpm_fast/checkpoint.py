@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -73,9 +73,13 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
 def write_tensors(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file, whole or not at all; OSError if it cannot be written."""
     with replacing(path) as partial:
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata)
+        arrays = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+        try:
+            save_file(arrays, partial, metadata)
+        except SafetensorError as error:  # a full disk is no OSError there
+            raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def save_model(

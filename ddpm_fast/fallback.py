@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import noise as contract
+from .backend import is_available
 
 
 def randn(
-    seed: Tensor, sample_index: Tensor, shape: Sequence[int], step: int, stream: int
+    seed: Tensor,
+    sample_index: Tensor,
+    shape: Sequence[int],
+    step: int,
+    stream: int = contract.SAMPLING,
 ) -> Tensor:
+    """The contract's normals, made on the host.
+
+    On the CPU the kernels are compared with these, so they are NumPy's; elsewhere they are the
+    compiled kernel's, the same bits sooner, if it is there.
+    """
     for name, value in (("seed", seed), ("sample_index", sample_index)):
         if value.dtype != torch.int64 or value.ndim != 1 or len(value) != len(seed):
             raise ValueError(
                 f"{name} must be int64 of shape (N,), but it is {value.dtype} of shape"
                 f" {tuple(value.shape)}."
             )
-    normals = contract.randn(seed.cpu().numpy(), sample_index.cpu().numpy(), step, shape, stream)
-    return torch.from_numpy(normals).to(seed.device)
+    host = seed.cpu(), sample_index.cpu()
+    if seed.device.type != "cpu" and is_available():
+        normals = torch.ops.ddpm_fast.randn.default(*host, shape, step, stream)
+    else:
+        seeds, samples = (t.numpy() for t in host)
+        normals = torch.from_numpy(contract.randn(seeds, samples, step, shape, stream))
+    return normals.to(seed.device)
 
 
 def q_sample(
@@ -52,13 +66,12 @@ def _draw(
     index: Tensor, row: Tensor, seed: Tensor, sample_index: Tensor, shape: Sequence[int]
 ) -> Tensor:
     """Each sample's normals at its own noise step."""
-    seeds, samples = seed.cpu().numpy(), sample_index.cpu().numpy()
-    steps = index[row, 1].cpu().numpy()
-    normals = np.empty((len(steps), *shape), np.float32)
-    for step in np.unique(steps):
+    steps = index[row, 1]
+    normals = torch.empty(len(steps), *shape, device=row.device)
+    for step in steps.unique().tolist():
         mine = steps == step
-        normals[mine] = contract.randn(seeds[mine], samples[mine], int(step), shape)
-    return torch.from_numpy(normals).to(row.device)
+        normals[mine] = randn(seed[mine], sample_index[mine], shape, step)
+    return normals
 
 
 def p_sample_step(

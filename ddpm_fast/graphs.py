@@ -17,20 +17,19 @@ class CapturedStep:
 
     def __init__(self, step: Callable[[], None], device: torch.device, warm_up: int = 3) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(warm_up):
-                step()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        try:
-            with torch.cuda.graph(self.graph, stream=stream):
-                step()
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise RuntimeError(
-                f"the network cannot be captured in a CUDA graph: {reason}"
-            ) from None
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(warm_up):
+                    step()
+            torch.cuda.current_stream().wait_stream(stream)
+            try:
+                with torch.cuda.graph(self.graph, stream=stream):
+                    step()
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise RuntimeError(f"the network cannot be captured: {reason}") from None
 
     def __call__(self) -> None:
         self.graph.replay()

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from . import fallback, noise
-from .backend import BackendError, is_available, resolve_backend
+from .backend import BackendError, is_available, is_overridden, resolve_backend
 
 __all__ = [
     "BackendError",
     "is_available",
+    "is_overridden",
     "p_sample_step",
     "p_sample_step_",
     "q_sample",

@@ -259,7 +259,7 @@ def p_sample_loop_progressive(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Iterator[Tensor]:
-    """Yields the state after each of the S steps; the last is the sample, of shape `shape`.
+    """Yields x_T, then x_t after each of the S steps, all of shape `shape`; the last is the sample.
 
     model(x_t, t) takes the original timesteps, int64 (N,), and returns its prediction.
     timesteps: those kept, increasing (`schedule.timesteps_for`); None is all. noise: x_T, else
@@ -275,6 +275,7 @@ def p_sample_loop_progressive(
     x_t = draw() if noise is None else noise.to(device=device, dtype=dtype)
     if x_t.shape != torch.Size(shape):
         raise ValueError(f"noise must have the shape {tuple(shape)}, but has {tuple(x_t.shape)}.")
+    yield x_t
     for i, row in enumerate(range(len(kept) - 1, -1, -1), start=1):
         output = model(x_t, torch.full((len(x_t),), int(kept[row]), device=device))
         t = torch.full((len(x_t),), row, device=device)

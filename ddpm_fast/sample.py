@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import __version__, cli, images, noise
+from . import __version__, cli, noise
+from .backend import NAMES
 from .checkpoint import Model, load_model
-from .device import DTYPES, resolve_device, resolve_dtype
-from .files import replacing, write_text
+from .device import DTYPES, device_name, resolve_device, resolve_dtype
+from .output import Output
 from .plan import METHODS
 from .sampler import Sampler
 from .schedule import SPACINGS
-
-GIF_FRAMES = 60
-GRID_SAMPLES = 256
 
 
 def _steps(text: str) -> int | str:
@@ -58,9 +53,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--graphs", action="store_true", help="capture the step in a CUDA graph")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")
     p.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network")
-    backends = ("auto", "cpu", "cuda", "triton", "reference")
-    p.add_argument("--backend", choices=backends, default="auto", help="of the fused step")
+    p.add_argument("--backend", choices=NAMES, default="auto", help="of the fused step")
     p.add_argument("--out", default="samples", help="folder for the results")
+    p.add_argument("--overwrite", action="store_true", help="replace another run in --out")
     p.add_argument("--npz", action="store_true", help="also one samples_NxHxWxC.npz")
     p.add_argument("--gif", action="store_true", help="also the denoising as a moving picture")
     p.add_argument("--quiet", action="store_true", help="print errors only")
@@ -71,7 +66,9 @@ def parse_classes(text: str | None, num_classes: int | None) -> list[int] | None
     """The class list of "--class": one number, several, or all."""
     if text is None:
         return None
-    if text == "all" and num_classes:
+    if num_classes is None:
+        raise ValueError("--class was given, but this model was trained without classes")
+    if text == "all":
         return list(range(num_classes))
     try:
         return [int(v) for v in text.split(",")]
@@ -79,58 +76,6 @@ def parse_classes(text: str | None, num_classes: int | None) -> list[int] | None
         raise ValueError(
             f'--class wants a number, several ("0,1,2") or "all", got {text!r}'
         ) from None
-
-
-class Output:
-    """The folder of a run. Pictures are written as their batch ends; the rest at the end."""
-
-    def __init__(self, args: argparse.Namespace, sample_shape: Sequence[int]) -> None:
-        self.folder, self.args = Path(args.out), args
-        self.pictures = images.is_picture(sample_shape)
-        if args.gif and not self.pictures:
-            raise ValueError(f"--gif wants pictures, and the samples have shape {sample_shape}")
-        self.keep_all = args.npz or not self.pictures
-        self.kept: list[np.ndarray] = []
-        self.frames: dict[int, np.ndarray] = {}
-
-    def prepare(self) -> None:
-        """Find out before the work, not after it, whether the folder can be written."""
-        (self.folder / "images" if self.pictures else self.folder).mkdir(
-            parents=True, exist_ok=True
-        )
-        with replacing(self.folder / "run.json.probe") as partial:
-            partial.write_bytes(b"")
-        (self.folder / "run.json.probe").unlink()
-
-    def add(self, index: Tensor, x: Tensor) -> None:
-        """Write the pictures of a finished batch."""
-        if not self.pictures:
-            self.kept.append(x.cpu().numpy())
-            return
-        levels = images.to_uint8(x)
-        for i, level in zip(index.tolist(), levels, strict=True):
-            images.write_png(self.folder / "images" / f"{i:06d}.png", level)
-        room = len(levels) if self.keep_all else GRID_SAMPLES - sum(map(len, self.kept))
-        self.kept.append(levels[:room])
-
-    def frame(self, index: Tensor, done: int, x: Tensor, num_steps: int) -> None:
-        """Keep a frame of the moving picture: the first batch, evenly through its steps."""
-        stride = max(1, num_steps // GIF_FRAMES)
-        if int(index[0]) == self.args.start and (done % stride == 0 or done == num_steps):
-            self.frames[done] = images.grid(images.to_uint8(x))
-
-    def finish(self, labels: np.ndarray | None) -> Path:
-        """Write what shows the whole run; returns the path to tell the user."""
-        samples = np.concatenate(self.kept)
-        shown = self.folder / "grid.png"
-        if self.keep_all:
-            path = images.write_npz(self.folder, samples, labels)
-            shown = shown if self.pictures else path
-        if self.pictures:
-            images.write_grid(self.folder / "grid.png", samples[:GRID_SAMPLES])
-        if self.frames:
-            images.write_gif(self.folder / "denoising.gif", list(self.frames.values()))
-        return shown
 
 
 def record(args: argparse.Namespace, model: Model, sampler: Sampler, classes: object) -> dict:
@@ -145,15 +90,13 @@ def record(args: argparse.Namespace, model: Model, sampler: Sampler, classes: ob
         "noise_contract": noise.VERSION,
         "dtype": str(sampler.dtype).removeprefix("torch."),
     }
-    device = sampler.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     environment = {
         "batch_size": args.batch_size,
         "backend": sampler.backend,
         "backend_reason": sampler.backend_reason,
         "graphs": sampler.graphs,
-        "device": str(device),
-        "device_name": name or platform.machine(),
+        "device": str(sampler.device),
+        "device_name": device_name(sampler.device),
         "threads": torch.get_num_threads(),
         "versions": {
             "ddpm_fast": __version__,
@@ -188,11 +131,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.batch_size is None:
         args.batch_size = sampler.default_batch_size(args.num_samples)
     sampler.check(args.num_samples, args.seed, args.start, args.batch_size, classes)
+    run = record(args, model, sampler, classes)
     output = Output(args, sampler.sample_shape)
-    output.prepare()
+    output.prepare(run)
     say = (lambda text: None) if args.quiet else print
     if args.graphs and not sampler.graphs:
-        say(f"--graphs: there is nothing to capture on {device.type}, sampling step by step")
+        why = "nothing to capture on a CPU" if device.type == "cpu" else sampler.backend_reason
+        say(f"--graphs: {why}; sampling step by step")
 
     def frame(index: Tensor, done: int, x: Tensor) -> None:
         output.frame(index, done, x, sampler.plan.num_steps)
@@ -211,11 +156,14 @@ def main(argv: list[str] | None = None) -> int:
     seconds = time.perf_counter() - began
     indices = torch.arange(args.start, args.start + args.num_samples)
     labels = None if classes is None else sampler.labels(indices, classes).numpy()
-    shown = output.finish(labels)
-    run = record(args, model, sampler, classes)
     rate = args.num_samples / seconds
-    run["speed"] = {"seconds": round(seconds, 3), "images_per_second": round(rate, 3)}
-    write_text(output.folder / "run.json", json.dumps(run, indent=1) + "\n")
+    run["speed"] = {
+        "seconds": round(seconds, 3),
+        "of_which_capturing": round(sampler.capture_seconds, 3),
+        "of_which_writing": round(output.seconds, 3),
+        "images_per_second": round(rate, 3),
+    }
+    shown = output.finish(labels, run)
     say(f"{args.num_samples} samples in {seconds:.1f} s ({rate:.2f} images/s): {shown}")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,68 +15,13 @@ from . import ops
 from .arguments import real
 from .checkpoint import Model
 from .graphs import CapturedStep
+from .loop import Loop
 from .plan import Plan, make_plan
 from .schedule import NoiseSchedule
 
 Network = Callable[..., Tensor]
 Step = Callable[[], None]
 DEFAULT_BATCH_SIZE = {"cpu": 64, "cuda": 256}
-
-
-class Loop:
-    """The buffers of one batch, and the step that advances them; nothing in it waits on the host.
-
-    `step` is what is captured: the network and the update, with the row counter on the device.
-    """
-
-    def __init__(self, sampler: Sampler, batch_size: int, conditional: bool) -> None:
-        device, self.sampler, self.batch_size = sampler.device, sampler, batch_size
-        self.x = torch.empty(batch_size, *sampler.sample_shape, device=device)
-        self.row = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.seed = torch.zeros_like(self.row)
-        self.index = torch.zeros_like(self.row)
-        self.status = torch.zeros(4, dtype=torch.int32, device=device)
-        self.guidance = torch.ones(1, device=device) if sampler.guided else None
-        copies = 2 if sampler.guided else 1
-        self.labels = torch.zeros(copies * batch_size, dtype=torch.int64, device=device)
-        self.conditions = {"class_labels": self.labels} if conditional else {}
-
-    def start(self, seed: int, index: Tensor, labels: Tensor | None) -> None:
-        """Draw x_T of the samples `index` and go back to the first row."""
-        sampler = self.sampler
-        self.seed.fill_(_as_int64(seed))
-        self.index.copy_(index)
-        self.row.zero_()
-        self.status.zero_()
-        if labels is not None:
-            self.labels[: self.batch_size].copy_(labels)
-        if self.guidance is not None:
-            self.guidance.fill_(sampler.guidance_scale)
-            self.labels[self.batch_size :].fill_(sampler.null_class)
-        shape = list(sampler.sample_shape)
-        self.x.copy_(ops.randn(self.seed, self.index, shape, backend=sampler.backend))
-
-    def step(self) -> None:
-        """One row of the plan for the whole batch."""
-        sampler = self.sampler
-        x = self.x if self.guidance is None else torch.cat((self.x, self.x))
-        t = sampler.timesteps.index_select(0, self.row)
-        t = t if self.guidance is None else torch.cat((t, t))
-        memory = torch.channels_last if x.ndim == 4 else torch.contiguous_format
-        output = sampler.network(x.to(sampler.dtype, memory_format=memory), t, **self.conditions)
-        ops.p_sample_step_(
-            self.x,
-            output,
-            sampler.plan.coefficients,
-            sampler.plan.index,
-            self.row,
-            self.seed,
-            self.index,
-            guidance_scale=self.guidance,
-            status=self.status,
-            backend=sampler.backend,
-        )
-        self.row.add_(1)
 
 
 class Sampler:
@@ -91,9 +37,11 @@ class Sampler:
         dtype: of the network's input; the state stays float32.
         backend: of the fused step: auto, cpu, cuda, triton or reference.
         guidance_scale: W of eps = uncond + W * (cond - uncond) (Ho and Salimans 2022,
-            arXiv:2207.12598, with W = 1 + w); 1 is off. Needs `null_class`.
+            arXiv:2207.12598, with W = 1 + w); 1 is off. Needs the next two.
+        num_classes: of a conditional network, which is called with `class_labels` (N,) int64.
         null_class: the label that means "no class".
-        graphs: capture the step in a CUDA graph. On a CPU there is nothing to capture.
+        graphs: capture the step in a CUDA graph, where the backend is cuda; `sampler.graphs` says
+            whether that is so. On a CPU there is nothing to capture.
     Raises ValueError in one sentence for settings that are none.
     """
 
@@ -111,6 +59,7 @@ class Sampler:
         variance_type: str = "fixed_small",
         clip_denoised: bool = True,
         guidance_scale: float = 1.0,
+        num_classes: int | None = None,
         null_class: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -124,18 +73,18 @@ class Sampler:
         )
         self.plan: Plan = plan.to(self.device)
         self.timesteps = self.plan.index[:, 0].long()
-        self.graphs = graphs and self.device.type == "cuda"
-        # Only compiled kernels can be captured, so asking for graphs is asking for them.
-        wanted = "cuda" if self.graphs and backend == "auto" else backend
-        self.backend, self.backend_reason = ops.resolve_backend(self.device, wanted)
-        self.guidance_scale, self.null_class = real("guidance", guidance_scale), null_class
+        self.backend, self.backend_reason = _resolve(self.device, backend, graphs)
+        # Only the compiled kernels can be captured: the reference draws its noise on the host.
+        self.graphs = graphs and self.backend == "cuda"
+        self.guidance_scale = real("guidance", guidance_scale)
+        self.num_classes, self.null_class = num_classes, null_class
         self.guided = self.guidance_scale != 1.0
-        if self.guided and null_class is None:
+        if self.guided and (num_classes is None or null_class is None):
             raise ValueError(
                 f"guidance {guidance_scale} needs a class-conditional model with a null class, "
                 f"and this one has none: leave guidance at 1"
             )
-        self.num_classes: int | None = None
+        self.capture_seconds = 0.0
         self._free_loops: dict[tuple[int, bool], list[tuple[Loop, Step]]] = {}
 
     @classmethod
@@ -155,19 +104,18 @@ class Sampler:
         config = model.config
         device = torch.device(device or next(model.unet.parameters()).device)
         null = config.num_classes if config.null_class != "none" else None
-        sampler = cls(
+        return cls(
             prepare(model.unet, device, dtype),
             model.schedule,
             config.sample_shape,
             prediction_type=model.prediction_type,
             variance_type=variance_type or model.variance_type,
+            num_classes=config.num_classes,
             null_class=null,
             device=device,
             dtype=dtype,
             **settings,
         )
-        sampler.num_classes = config.num_classes
-        return sampler
 
     def check(
         self,
@@ -216,11 +164,17 @@ class Sampler:
     def _borrowed_loop(self, size: int, conditional: bool) -> Iterator[tuple[Loop, Step]]:
         """Buffers and step for a batch size, kept for the next run but never shared by two."""
         free = self._free_loops.setdefault((size, conditional), [])
-        if free:
+        try:
             loop, step = free.pop()
-        else:
-            loop = Loop(self, size, conditional)
-            step = CapturedStep(loop.step, self.device) if self.graphs else loop.step
+        except IndexError:
+            # Buffers made in inference mode could not be written outside it by a later run.
+            with torch.inference_mode(False):
+                loop = Loop(self, size, conditional)
+            # Each step before the capture uses up a row, and none may leave the table.
+            warm_up = min(3, self.plan.num_steps)
+            began = time.perf_counter()
+            step = CapturedStep(loop.step, self.device, warm_up) if self.graphs else loop.step
+            self.capture_seconds += time.perf_counter() - began
         try:
             yield loop, step
         finally:
@@ -260,7 +214,8 @@ class Sampler:
         with bar, self._borrowed_loop(batch_size, conditional) as (loop, step):
             for first in range(start, start + num_samples, batch_size):
                 kept = min(batch_size, start + num_samples - first)
-                index = torch.arange(first, first + batch_size)
+                # Padding repeats the last wanted sample, so nothing unwanted can fail the run.
+                index = (first + torch.arange(batch_size).clamp(max=kept - 1)).contiguous()
                 loop.start(seed, index, self.labels(index, classes))
                 for done in range(self.plan.num_steps):
                     if callback:
@@ -295,6 +250,11 @@ def prepare(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
     return network
 
 
-def _as_int64(seed: int) -> int:
-    """The signed number of the same 64 bits."""
-    return seed - (1 << 64) if seed >= 1 << 63 else seed
+def _resolve(device: torch.device, backend: str, graphs: bool) -> tuple[str, str]:
+    """The step's backend. Asking for graphs on a GPU asks for the kernels that can be captured."""
+    if graphs and device.type == "cuda" and backend == "auto" and not ops.is_overridden():
+        try:
+            return ops.resolve_backend(device, "cuda")
+        except ops.BackendError as error:
+            return ops.resolve_backend(device)[0], f"not captured, because {error}"
+    return ops.resolve_backend(device, backend)

@@ -34,6 +34,7 @@ from .unet_config import UNetConfig
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 LOG = ("step", "loss", "lr", "images_per_second", "seconds")
 LOG_EVERY = 50
+FILES = ("checkpoint.safetensors", "model.safetensors", "log.csv")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -151,7 +152,7 @@ class Run:
             progress = self.trainer.load(self.checkpoint)
             self.seconds, self.first = progress.get("seconds", 0.0), self.trainer.step_count
             self.losses = [torch.tensor(loss) for loss in progress.get("losses", [])]
-        elif self.checkpoint.exists():
+        elif any((self.out / name).exists() for name in FILES):
             raise ValueError(
                 f"{self.out} already holds a training run: add --resume to go on with it, "
                 f"or give another --out"
@@ -222,15 +223,21 @@ class Run:
         }
 
     def sample(self) -> None:
-        """A grid of 64 samples of the averaged weights, by at most 50 steps of DDIM."""
+        """A grid of 64 samples of the averaged weights, by at most 50 steps of DDIM.
+
+        A grid that fails (memory, disk, an early model that overflows) does not end the training.
+        """
         model = self.trainer.averaged()
         if not is_picture(model.config.sample_shape):
             return
         steps = min(50, model.schedule.num_timesteps)
-        x = Sampler.from_model(model, method="ddim", steps=steps).sample(64)
         folder = self.out / "samples"
-        folder.mkdir(exist_ok=True)
-        write_grid(folder / f"{self.trainer.step_count:07d}.png", to_uint8(x))
+        try:
+            x = Sampler.from_model(model, method="ddim", steps=steps).sample(64, batch_size=16)
+            folder.mkdir(exist_ok=True)
+            write_grid(folder / f"{self.trainer.step_count:07d}.png", to_uint8(x))
+        except (RuntimeError, OSError) as error:
+            tqdm.write(f"no sample grid: {error}", file=sys.stderr)
 
     def train(self) -> int:
         """Until the last step or a signal; saves before it returns the exit status."""

@@ -10,6 +10,7 @@ from ddpm_fast import sample, train
 
 SMALL = ["--base-channels", "8", "--norm-groups", "4", "--num-res-blocks", "1", "--dropout", "0"]
 SMALL += ["--steps", "3", "--batch-size", "2", "--warmup", "1", "--sample-every", "0", "--quiet"]
+SMALL += ["--device", "cpu"]
 
 
 def train_and_sample(tmp_path, array: np.ndarray, *more: str):
@@ -17,7 +18,7 @@ def train_and_sample(tmp_path, array: np.ndarray, *more: str):
     run, out = str(tmp_path / "run"), tmp_path / "out"
     assert train.main(["--data", str(tmp_path / "data.npz"), "--out", run, *SMALL, *more]) == 0
     arguments = ["--model", run, "--num-samples", "3", "--batch-size", "2", "--out", str(out)]
-    assert sample.main([*arguments, "--steps", "3", "--npz", "--quiet"]) == 0
+    assert sample.main([*arguments, "--steps", "3", "--npz", "--quiet", "--device", "cpu"]) == 0
     return out
 
 
@@ -27,7 +28,7 @@ def test_64x64_rgb(tmp_path):
     with Image.open(out / "images" / "000002.png") as picture:
         assert picture.mode == "RGB" and picture.size == (64, 64)
     with np.load(out / "samples_3x64x64x3.npz") as file:
-        assert file["arr_0"].dtype == np.uint8
+        assert file["arr_0"].dtype == np.uint8 and file["arr_0"].std() > 1
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
@@ -37,3 +38,4 @@ def test_a_series(tmp_path, prediction):
     assert sorted(p.name for p in out.iterdir()) == ["run.json", "samples_3x2x32.npz"]
     with np.load(out / "samples_3x2x32.npz") as file:
         assert file["arr_0"].dtype == np.float32 and np.isfinite(file["arr_0"]).all()
+        assert file["arr_0"].std() > 1e-5

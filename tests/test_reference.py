@@ -210,12 +210,12 @@ def test_loop_equals_the_plan(method, eta, steps):
     options = {"method": method, "eta": eta, "timesteps": kept, "noise": noises[0]}
     options.update(step_noise=noises.__getitem__, dtype=torch.float64)
     states = list(reference.p_sample_loop_progressive(affine_model, (5, 1), SCHEDULE, **options))
-    assert len(states) == len(kept)
+    assert len(states) == len(kept) + 1 and torch.equal(states[0], noises[0])
     whole = reference.p_sample_loop(affine_model, (5, 1), SCHEDULE, **options)
     assert torch.equal(states[-1], whole)
     plan = make_plan(SCHEDULE, method, steps, eta=eta)
     x_t = noises[0]
-    for i, (timestep, state) in enumerate(zip(plan.timesteps, states, strict=True)):
+    for i, (timestep, state) in enumerate(zip(plan.timesteps, states[1:], strict=True)):
         output = affine_model(x_t, torch.full((5,), timestep))
         row = torch.full((5,), i)
         x_t, _ = reference.step(plan.coefficients64, plan.index, row, x_t, output, noises[i + 1])
@@ -243,6 +243,7 @@ def test_monte_carlo_gaussian():
 def test_loop_leaves_the_gradient_mode_alone():
     layer = torch.nn.Linear(1, 1)
     states = reference.p_sample_loop_progressive(lambda x, t: layer(x), (2, 1), SCHEDULE)
+    next(states)  # x_T
     assert not next(states).requires_grad and torch.is_grad_enabled()
 
 

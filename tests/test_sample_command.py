@@ -27,6 +27,8 @@ def model_file(class_model_file) -> str:
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of the command, in this process."""
     words = [str(a) for a in arguments]
+    if "--device" not in words:  # what the GPU does is in test_cuda.py
+        words += ["--device", "cpu"]
     try:
         status = cli.run(lambda: sample.main(words), "ddpm_fast.sample")
     except SystemExit as stop:  # argparse's own
@@ -47,7 +49,7 @@ def test_what_a_run_leaves(model_file, tmp_path, capsys):
     )
     assert status == 0
     first, last = said.strip().splitlines()
-    assert first.startswith("--graphs: there is nothing to capture on cpu")
+    assert first.startswith("--graphs: nothing to capture on a CPU")
     assert last.startswith("5 samples in ") and "images/s" in last
     assert last.endswith(str(out / "grid.png"))
     names = sorted(p.name for p in out.iterdir())
@@ -114,6 +116,13 @@ def test_the_shipped_model_draws_digits(tmp_path, capsys):
     assert zero.mean() > one.mean()
 
 
+def test_a_class_of_a_model_without_classes(tiny_model, tmp_path, capsys):
+    save_model(tmp_path / "m.safetensors", tiny_model())
+    for text in ("all", "1"):
+        status, _, err = run(capsys, "--model", tmp_path / "m.safetensors", "--class", text)
+        assert status == 2 and "without classes" in err
+
+
 BAD = {
     "no such model": (["--model", "nothing-here"], 2, "there is no model"),
     "too many steps": (["--steps", "101"], 2, "between 1 and 100"),
@@ -130,6 +139,8 @@ BAD = {
     "device": (["--device", "abacus"], 2, "abacus"),
     "backend": (["--backend", "triton"], 1, "triton"),
     "guidance": (["--guidance", "nan"], 2, "guidance"),
+    "guidance to nothing": (["--guidance", "2"], 2, "guidance"),
+    "last sample": (["--start", str(2**63 - 1)], 2, "first sample"),
 }
 if not torch.cuda.is_available():
     BAD["no cuda"] = (["--device", "cuda"], 2, "0 CUDA devices")
@@ -144,6 +155,25 @@ def test_bad_arguments(model_file, tmp_path, capsys, case):
     last = err.strip().splitlines()[-1]
     assert words in last and "Traceback" not in err
     assert not out.exists()
+
+
+def test_a_folder_of_another_run(model_file, tmp_path, capsys):
+    """Another run's pictures are not mixed with, unless they are to be replaced."""
+    common = ["--model", model_file, "--out", tmp_path, *QUICK]
+    assert run(capsys, *common, "--num-samples", 3, "--npz", "--gif")[0] == 0
+    (tmp_path / "images" / "mine.png").write_text("of the user")
+    before = (tmp_path / "images" / "000002.png").read_bytes()
+    status, _, err = run(capsys, *common, "--num-samples", 1, "--seed", 5)
+    assert status == 2 and "seed: 0 there, 5 now" in err and len(err.splitlines()) == 1
+    assert (tmp_path / "images" / "000002.png").read_bytes() == before
+    assert (
+        run(capsys, *common, "--num-samples", 1, "--start", 3)[0] == 0
+    )  # the same run, more of it
+    assert len(list((tmp_path / "images").iterdir())) == 5
+    assert run(capsys, *common, "--num-samples", 1, "--seed", 5, "--overwrite")[0] == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "images", "run.json"]
+    names = sorted(p.name for p in (tmp_path / "images").iterdir())
+    assert names == ["000000.png", "mine.png"]
 
 
 def test_a_truncated_model(model_file, tmp_path, capsys):
@@ -175,7 +205,8 @@ def test_a_folder_that_cannot_be_written(model_file, tmp_path, capsys):
 
 def test_a_full_disk_in_a_process_of_its_own(model_file, tmp_path):
     """A file may hold 200 bytes: one sentence, status 1, no half-written file."""
-    arguments = ["--model", model_file, "--num-samples", "9", "--out", str(tmp_path / "out")]
+    arguments = ["--model", model_file, "--num-samples", "9", "--device", "cpu"]
+    arguments += ["--out", str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, "-m", "ddpm_fast.sample", *arguments, "--quiet", *QUICK],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)),

@@ -167,6 +167,42 @@ def test_values_that_are_not_finite_are_named(model):
         sampler.sample(1, start=7)
 
 
+def test_padding_cannot_fail_a_run():
+    """A network that breaks at the third place of a batch, which nobody asked for."""
+
+    def network(x, t):
+        return torch.cat((x[:2], x[2:] * (1 if torch.equal(x[1:2], x[2:3]) else torch.nan)))
+
+    sampler = Sampler(network, NoiseSchedule.linear(20), (1, 2, 2), backend="cpu")
+    assert sampler.sample(2, batch_size=3).isfinite().all()
+    last = (1 << 63) - 3
+    assert sampler.sample(2, start=last, batch_size=3).isfinite().all()
+
+
+def test_inference_mode_and_plain_calls_may_alternate(model):
+    sampler = Sampler.from_model(model, **SETTINGS)
+    with torch.inference_mode():
+        a = sampler.sample(1)
+    b = sampler.sample(1)
+    with torch.inference_mode():
+        assert torch.equal(a, b) and torch.equal(b, sampler.sample(1))
+
+
+def test_a_conditional_network_of_ones_own():
+    seen = []
+
+    def network(x, t, class_labels):
+        seen.append(class_labels.tolist())
+        return 0.1 * x * class_labels.view(-1, 1)
+
+    settings = {"num_classes": 4, "null_class": 4, "guidance_scale": 2.0, "steps": 2}
+    sampler = Sampler(network, NoiseSchedule.linear(20), (3,), backend="cpu", **settings)
+    assert sampler.sample(2, classes=[1, 3]).isfinite().all()
+    assert seen == [[1, 3, 4, 4]] * 2
+    with pytest.raises(ValueError, match="class-conditional"):
+        Sampler(network, NoiseSchedule.linear(20), (3,), guidance_scale=2.0, null_class=4)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

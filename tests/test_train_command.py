@@ -2,6 +2,7 @@
 
 import csv
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from ddpm_fast.training import Trainer
 NETWORK = ["--base-channels", "8", "--channel-mult", "1,2", "--num-res-blocks", "1"]
 NETWORK += ["--attention", "1", "--norm-groups", "4", "--timesteps", "20"]
 RUN = ["--batch-size", "4", "--warmup", "5", "--dtype", "float32", "--device", "cpu"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+# No byte code: a test limits the size of what the process may write.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def arguments(data, out, *more: object) -> list[str]:
@@ -291,3 +293,14 @@ def test_a_failure_in_its_own_process_has_no_traceback(tmp_path):
     done = command(tmp_path / "none", tmp_path / "run")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("ddpm_fast.train: there is no")
+
+
+def test_a_full_disk_is_one_sentence(data_file, tmp_path):
+    limit = (3000, 3000)
+    done = command(
+        *(data_file, tmp_path, "--steps", 2),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "checkpoint.safetensors cannot be written" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -360,3 +360,11 @@ def test_labels_on_a_gpu_are_not_waited_for(tiny_unet):
     unet._check(x, t, labels)
     labels.min.assert_not_called()
     labels.max.assert_not_called()
+
+
+def test_the_network_is_one_graph_to_the_compiler(tiny_unet):
+    unet = tiny_unet(num_classes=3, null_class="zero")
+    x, t = inputs(unet.config)
+    labels = torch.tensor([1, 3])
+    compiled = torch.compile(unet, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, t, labels), unet(x, t, labels))

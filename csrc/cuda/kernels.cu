@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <math_constants.h>
 
 #include "../step.h"
 
@@ -103,27 +104,34 @@ __global__ void randn_kernel(RandnArgs args) {
   });
 }
 
-__global__ void q_sample_kernel(QSampleArgs args, int32_t* status) {
+__global__ void q_sample_kernel(QSampleArgs args) {
   const int64_t elements = args.channels * args.pixels;
   each_four(args.samples, elements, [&](int64_t sample, int64_t first) {
     const int64_t timestep = args.timesteps[sample];
-    if (timestep < 0 || timestep >= args.table_rows) {
-      report(status, Status::kBadRow, timestep, sample);
-      return;
-    }
+    // There is no status word: a bad timestep makes its sample NaN.
+    const bool known = timestep >= 0 && timestep < args.table_rows;
+    const float c0 = known ? args.coefficients[2 * timestep] : CUDART_NAN_F;
+    const float c1 = known ? args.coefficients[2 * timestep + 1] : CUDART_NAN_F;
     float z[4];
     if (args.noise == nullptr) {
       NoiseKey key = noise_key(args.seed[sample], args.sample_index[sample], 0, args.stream);
       normals<Lane>(key, static_cast<uint32_t>(first / 4), z);
     }
-    const float* c = args.coefficients + 2 * timestep;
     for (int k = 0; k < 4 && first + k < elements; ++k) {
       const int64_t i = address(args.layout, sample, first + k, args.pixels);
       const float noise = args.noise != nullptr ? args.noise[i] : z[k];
-      args.x_t[i] = Lane::add(Lane::mul(c[0], args.x_start[i]), Lane::mul(c[1], noise));
+      args.x_t[i] = Lane::add(Lane::mul(c0, args.x_start[i]), Lane::mul(c1, noise));
       if (args.noise == nullptr) args.noise_out[i] = noise;
     }
   });
+}
+
+// Whether the step can be taken by the table's row `at`.
+__device__ bool usable(const StepArgs& args, int64_t at) {
+  if (at < 0 || at >= args.table_rows) return false;
+  const StepRow row = step_row(args, at);
+  return (!row.learned || args.model_channels == 2 * args.channels) &&
+         (row.c2 == 0.0f || args.previous != nullptr);
 }
 
 __device__ float step_element(const StepArgs& args, const StepRow& row, int64_t sample,
@@ -162,15 +170,15 @@ __global__ void step_kernel(StepArgs args) {
   const int64_t elements = args.channels * args.pixels;
   each_four(args.samples, elements, [&](int64_t sample, int64_t first) {
     const int64_t at = args.row[sample];
-    if (at < 0 || at >= args.table_rows) {
+    if (!usable(args, at)) {
       report(args.status, Status::kBadRow, at, sample);
+      for (int k = 0; k < 4 && first + k < elements; ++k) {
+        args.out[address(args.out_layout, sample, first + k, args.pixels)] =
+            args.x_t[address(args.x_layout, sample, first + k, args.pixels)];
+      }
       return;
     }
     const StepRow row = step_row(args, at);
-    if (row.learned && args.model_channels != 2 * args.channels) {
-      report(args.status, Status::kBadRow, at, sample);
-      return;
-    }
     float z[4] = {};
     if (row.noisy() && args.noise == nullptr) {
       NoiseKey key = noise_key(args.seed[sample], args.sample_index[sample], row.noise_step, 0);
@@ -200,10 +208,10 @@ int cuda_randn(const RandnArgs& args, void* stream) {
   return cudaGetLastError();
 }
 
-int cuda_q_sample(const QSampleArgs& args, int32_t* status, void* stream) {
+int cuda_q_sample(const QSampleArgs& args, void* stream) {
   const unsigned blocks = blocks_for(args.samples, args.channels * args.pixels);
   if (blocks == 0) return cudaSuccess;
-  q_sample_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args, status);
+  q_sample_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
   return cudaGetLastError();
 }
 
