@@ -64,7 +64,7 @@ def batch_sizes() -> str:
         return ""
     figures = document["figures"]
     lines = [
-        f"Sample 42 drawn in {figures['steps']} steps, the largest difference in grey levels of 255: "
+        f"Sample 42 in {figures['steps']} steps, the largest difference in grey levels of 255: "
         f"{_where(document)}. Noise and update are equal; where there is a difference, it is the "
         f"network library's choice of algorithm for the batch size.",
         "",

@@ -108,7 +108,8 @@ def p_sample_step(
     sample's row in it. seed, sample_index: int64 (N,), whose noise is drawn where a row has any,
     unless `noise` (float32 like x_t) is given.
     previous_pred_xstart: float32 like x_t, read where c2 is not 0, then overwritten by pred_xstart.
-    status: int32 (4,): code (2: a value that is not finite), row, sample; the first report stays.
+    status: int32 (4,): code (1: a row that cannot be used, on CUDA; 2: a value that is not finite),
+    row, position in the batch; the first report stays.
     Raises RuntimeError or ValueError where an argument is not so (no gradients, no shared memory
     between what is read and written), and BackendError where `backend` is not available.
     """

@@ -21,6 +21,7 @@ from .schedule import NoiseSchedule
 
 Network = Callable[..., Tensor]
 Step = Callable[[], None]
+BAD_ROW = 1  # of the status word; csrc/kernels.h
 DEFAULT_BATCH_SIZE = {"cpu": 64, "cuda": 256}
 
 
@@ -234,6 +235,8 @@ class Sampler:
     def _check_result(self, loop: Loop) -> None:
         """One look at the status word, after the run: the host does not wait during it."""
         code, row, position, _ = loop.status.tolist()
+        if code == BAD_ROW:
+            raise RuntimeError(f"the step was given row {row} of {self.plan.num_steps}: a defect")
         if code:
             raise RuntimeError(
                 f"sample {int(loop.index[position])} has a value that is not finite after step "

@@ -98,7 +98,6 @@ def parser() -> argparse.ArgumentParser:
     machine = p.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")
     machine.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    machine.add_argument("--compile", action="store_true", help="torch.compile the network")
     machine.add_argument("--save-every", type=int, default=1000, help="updates; 0 is at the end")
     machine.add_argument("--sample-every", type=int, default=5000, help="updates; 0 is never")
     machine.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -274,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     dtype = resolve_dtype(args.dtype, device)
     data = load_dataset(args.data, args.size)
     model = new_model(args, data, device)
-    run = Run(args, Trainer(model, data, settings, dtype, args.compile))
+    run = Run(args, Trainer(model, data, settings, dtype))
     run.start()
     parameters = sum(p.numel() for p in model.unet.parameters())
     print(

@@ -85,7 +85,6 @@ class Trainer:
         data: Dataset,
         settings: TrainSettings,
         dtype: torch.dtype = torch.float32,
-        compile: bool = False,
     ) -> None:
         _check_fit(model, data)
         self.model, self.data, self.settings, self.dtype = model, data, settings, dtype
@@ -93,7 +92,6 @@ class Trainer:
         self.unet = model.unet.train().requires_grad_(True)
         if model.config.dims == 2:
             self.unet.to(memory_format=torch.channels_last)
-        self.forward = torch.compile(self.unet) if compile else self.unet
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True
         )
@@ -154,7 +152,7 @@ class Trainer:
             torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
         low = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=low):
-            output = self.forward(x_t, t) if labels is None else self.forward(x_t, t, labels)
+            output = self.unet(x_t, t) if labels is None else self.unet(x_t, t, labels)
         target = {"epsilon": noise, "sample": x_start}.get(self.model.prediction_type)
         if target is None:  # v, Salimans and Ho 2022 (arXiv:2202.00512), appendix D
             alpha, sigma = self.table[t].view(-1, 2, *[1] * (noise.ndim - 1)).unbind(1)

@@ -150,7 +150,7 @@ def test_the_loss_is_the_formula(trainer, prediction):
         seen["x_t"] = x_t
         return torch.full_like(x_t, 0.25)
 
-    t.forward = forward
+    t.unet = forward
     loss = t.loss().item()
     x_start, times, _, index = t.batch()
     seed = torch.full_like(index, 5)
@@ -172,6 +172,14 @@ def test_training_learns(trainer):
     t = trainer(dataclasses.replace(SETTINGS, lr=1e-2), dropout=0.0)
     losses = run(t, 60)
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+
+
+def test_every_weight_learns(trainer):
+    """Down to the middle of the network: a backward pass that stops on its way would not show."""
+    t = trainer(dropout=0.0)
+    before = {k: v.clone() for k, v in t.unet.state_dict().items()}
+    run(t, 8)
+    assert [k for k, v in t.unet.state_dict().items() if torch.equal(v, before[k])] == []
 
 
 def test_gradients_are_clipped(trainer):
@@ -202,7 +210,7 @@ def test_the_learning_rate(trainer):
 
 def test_low_precision_is_for_the_network_only(trainer):
     t = trainer(dtype=torch.bfloat16)
-    with mock.patch.object(t, "forward", wraps=t.forward) as forward:
+    with mock.patch.object(t.unet, "forward", wraps=t.unet.forward) as forward:
         loss = t.step()
     assert forward.call_args.args[0].dtype == torch.float32
     assert loss.dtype == torch.float32 and loss.isfinite()
