@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .device import memory_format
 
 if TYPE_CHECKING:
     from .sampler import Sampler
@@ -52,8 +53,8 @@ class Loop:
         x = self.x if self.guidance is None else torch.cat((self.x, self.x))
         t = sampler.timesteps.index_select(0, self.row)
         t = t if self.guidance is None else torch.cat((t, t))
-        memory = torch.channels_last if x.ndim == 4 else torch.contiguous_format
-        output = sampler.network(x.to(sampler.dtype, memory_format=memory), t, **self.conditions)
+        order = memory_format(x.device, sampler.dtype, x.ndim)
+        output = sampler.network(x.to(sampler.dtype, memory_format=order), t, **self.conditions)
         ops.p_sample_step_(
             self.x,
             output,

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from . import ops
 from .arguments import real
 from .checkpoint import Model
+from .device import memory_format
 from .graphs import CapturedStep
 from .loop import Loop
 from .plan import Plan, make_plan
@@ -246,10 +247,10 @@ class Sampler:
 
 
 def prepare(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of the network for sampling: on `device`, in `dtype`, channels_last, in eval mode."""
+    """A copy of the network for sampling: on `device`, in `dtype`, in eval mode."""
     network = copy.deepcopy(unet).to(device, dtype).eval().requires_grad_(False)
     if any(p.ndim == 4 for p in network.parameters()):
-        network.to(memory_format=torch.channels_last)
+        network.to(memory_format=memory_format(device, dtype, 4))
     return network
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from . import ops
 from .arguments import count, one_of, real, shown
 from .checkpoint import CheckpointError, Model, read_tensors, write_tensors
 from .data import Dataset
+from .device import memory_format
 
 FORMAT = "ddpm_fast.training.1"
 LR_SCHEDULES = ("constant", "cosine")
@@ -90,8 +93,8 @@ class Trainer:
         self.model, self.data, self.settings, self.dtype = model, data, settings, dtype
         self.device = next(model.unet.parameters()).device
         self.unet = model.unet.train().requires_grad_(True)
-        if model.config.dims == 2:
-            self.unet.to(memory_format=torch.channels_last)
+        self.order = memory_format(self.device, dtype, model.config.dims + 2)
+        self.unet.to(memory_format=self.order)
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True
         )
@@ -145,19 +148,25 @@ class Trainer:
         x_start, t, labels, index = self.batch()
         seed = torch.full_like(index, self.settings.seed)
         x_t, noise = ops.q_sample(x_start, self.table, t, seed, index)
-        if x_t.ndim == 4:
-            x_t = x_t.contiguous(memory_format=torch.channels_last)
-        if self.model.config.dropout:  # it is drawn by torch's generator, which does not resume
-            words = np.random.SeedSequence((self.settings.seed, self.step_count))
-            torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
+        x_t = x_t.contiguous(memory_format=self.order)
         low = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=low):
+        with self._dropout_seed(), torch.autocast(self.device.type, self.dtype, enabled=low):
             output = self.unet(x_t, t) if labels is None else self.unet(x_t, t, labels)
         target = {"epsilon": noise, "sample": x_start}.get(self.model.prediction_type)
         if target is None:  # v, Salimans and Ho 2022 (arXiv:2202.00512), appendix D
             alpha, sigma = self.table[t].view(-1, 2, *[1] * (noise.ndim - 1)).unbind(1)
             target = alpha * noise - sigma * x_start
         return (output.float() - target).square().mean()
+
+    @contextmanager
+    def _dropout_seed(self) -> Iterator[None]:
+        """Dropout is drawn by torch's generator: seeded by the step here, and given back after."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=self.model.config.dropout > 0):
+            if self.model.config.dropout > 0:
+                words = np.random.SeedSequence((self.settings.seed, self.step_count))
+                torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
+            yield
 
     def step(self) -> Tensor:
         """One update of the weights and of their average."""
