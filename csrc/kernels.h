@@ -51,6 +51,11 @@ struct StepArgs {
   int64_t samples, channels, pixels, table_rows;
   DType model_dtype;
   int32_t model_channels;  // channels, or twice that with learned variances
+  // or null: x_prev once more, as the network's next input; twice `samples` rows where
+  // guidance_scale is given, the second half equal to the first.
+  void* next_input;
+  Layout next_layout;
+  DType next_dtype;
 };
 
 // Static, so that the linker takes no file's copy, with its instructions, for another's.
