@@ -10,6 +10,7 @@ from ddpm_fast import backend
 from ddpm_fast.checkpoint import Model, save_model
 from ddpm_fast.data import Dataset
 from ddpm_fast.schedule import NoiseSchedule
+from ddpm_fast.training import Trainer, TrainSettings
 from ddpm_fast.unet import UNet
 from ddpm_fast.unet_config import UNetConfig
 
@@ -30,6 +31,9 @@ TINY = {
     "norm_groups": 4,
     "dropout": 0.0,
 }
+
+
+TRAIN_SETTINGS = TrainSettings(steps=20, batch_size=4, lr=1e-3, warmup=3, seed=5)
 
 
 def _tiny_config(**changes) -> UNetConfig:
@@ -106,3 +110,18 @@ def data_file(images, tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "tiny.npz"
     np.savez(path, *images)
     return path
+
+
+@pytest.fixture
+def trainer(tiny_config, dataset):
+    """A new trainer of a tiny class-conditional model; keywords change the model or settings."""
+
+    def make(
+        settings=TRAIN_SETTINGS, prediction="epsilon", data=dataset, dtype=torch.float32, **config
+    ):
+        config = {"num_classes": 3, "null_class": "row", "dropout": 0.2} | config
+        torch.manual_seed(0)
+        unet = UNet(tiny_config(**config))
+        return Trainer(Model(unet, NoiseSchedule.cosine(50), prediction), data, settings, dtype)
+
+    return make
