@@ -262,7 +262,7 @@ def p_sample_loop_progressive(
     """Yields x_T, then x_t after each of the S steps, all of shape `shape`; the last is the sample.
 
     model(x_t, t) takes the original timesteps, int64 (N,), and returns its prediction.
-    timesteps: those kept, increasing (`schedule.timesteps_for`); None is all. noise: x_T, else
+    timesteps: those kept, increasing (`spacing.timesteps_for`); None is all. noise: x_T, else
     drawn. step_noise(i): the noise of the i-th step, i = 1 .. S, else drawn; draws use `generator`.
     """
     one_of("method", method, ("ddpm", "ddim"))
