@@ -120,8 +120,9 @@ def _ddim_inverse(schedule: NoiseSchedule, table: np.ndarray, settings: Settings
     its own level: what the sampling row of the same timestep undoes, given the same eps. As in
     diffusers' DDIMInverseScheduler the network is asked at the row's own timestep; asked at the
     timestep before, as in guided-diffusion's ddim_reverse_sample, the way there and back loses
-    about twice as much. Its answer is read at the level of the timestep it was asked at, so eps is
-    the same whatever it predicts. pred_xstart may be clipped; eps is kept as it is.
+    about twice as much. What it predicts is read at the level of the timestep it was asked at, so
+    eps is the same for each prediction type (diffusers reads a v at the level before, which also
+    loses more). pred_xstart may be clipped; eps is kept as it is.
     """
     ac, ac_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
     p, q = _eps(schedule, settings.prediction_type)

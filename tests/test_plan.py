@@ -270,7 +270,16 @@ def test_signal_that_ends_early():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"method": "dpm"}, ["ddpm, ddim", "'dpm'"]),
+        ({"method": "dpm"}, ["ddpm, ddim, dpmpp_2m, ddim_inverse", "'dpm'"]),
+        ({"method": "dpmpp_2m", "eta": 1}, ["ddim", "dpmpp_2m", "1.0"]),
+        ({"use_clipped_model_output": False}, ["ddim", "ddpm"]),
+        ({"use_clipped_model_output": 1}, ["True or False", "1"]),
+        ({"method": "ddim_inverse", "strength": 0.5}, ["ddim_inverse", "0.5"]),
+        ({"strength": 0}, ["no step", "larger"]),
+        ({"strength": 1.5}, ["between 0.0 and 1.0", "1.5"]),
+        ({"strength": "a"}, ["'a'"]),
+        ({"steps": 3, "strength": 0.3}, ["0.3 of 3 steps", "no step"]),
+        ({"steps": 3, "steps_offset": 1}, ["leading", "openai"]),
         ({"method": None}, ["None"]),
         ({"prediction_type": "eps"}, ["epsilon, sample, v_prediction"]),
         ({"variance_type": "fixed"}, ["fixed_small, fixed_large, learned, learned_range"]),
