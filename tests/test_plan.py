@@ -14,6 +14,8 @@ from ddpm_fast.schedule import NoiseSchedule
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
+METHODS = [("ddpm", 0, True), ("ddim", 0, True), ("ddim", 0.4, True), ("ddim", 1, True)]
+METHODS += [("ddim", 0.4, False)]
 STEPS = [(None, None), ("ddim10", None), ("3,4", None), (13, "openai"), (9, "leading")]
 STEPS += [(9, "trailing"), (7, "linspace"), (8, "quadratic"), (1, "trailing")]
 
@@ -24,6 +26,7 @@ def published_step(schedule, plan, i, x_t, output, noise):
     t = torch.full((len(x_t),), plan.num_steps - 1 - i)
     types = (plan.prediction_type, plan.variance_type, plan.clip_denoised)
     if plan.method == "ddim":
+        types += (plan.use_clipped_model_output,)
         return reference.ddim_sample(respaced, output, x_t, t, noise, plan.eta, *types)
     return reference.p_sample(respaced, output, x_t, t, noise, *types)
 
@@ -46,10 +49,13 @@ def check_rows(schedule, plan):
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("variance_type", VARIANCES)
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-@pytest.mark.parametrize("method, eta", [("ddpm", 0), ("ddim", 0), ("ddim", 0.4), ("ddim", 1)])
-def test_rows_equal_the_published_step(method, eta, prediction_type, variance_type, clip):
+@pytest.mark.parametrize("method, eta, use_clipped", METHODS)
+def test_rows_equal_the_published_step(
+    method, eta, use_clipped, prediction_type, variance_type, clip
+):
     schedule = NoiseSchedule.linear(100, 1e-3, 0.1)
     options = {"method": method, "eta": eta, "clip_denoised": clip}
+    options["use_clipped_model_output"] = use_clipped
     plan = make_plan(
         schedule, prediction_type=prediction_type, variance_type=variance_type, **options
     )

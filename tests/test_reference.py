@@ -202,19 +202,28 @@ def affine_model(x, t):
     return (x - ac.sqrt() * start) / (1 - ac).sqrt()
 
 
-@pytest.mark.parametrize("method, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.6)])
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        ("ddpm", {}),
+        ("ddim", {}),
+        ("ddim", {"eta": 0.6}),
+        ("ddim", {"eta": 0.6, "use_clipped_model_output": False}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("steps", [None, 12])
-def test_loop_equals_the_plan(method, eta, steps):
+def test_loop_equals_the_plan(method, options, steps):
     """The published loop and the table's, on the same noise, over all the steps."""
     kept = timesteps_for(60, steps)
     noises = [draw(5, 1, seed=i) for i in range(len(kept) + 1)]
-    options = {"method": method, "eta": eta, "timesteps": kept, "noise": noises[0]}
+    plan = make_plan(SCHEDULE, method, steps, **options)
+    options = {"method": method, "timesteps": kept, "noise": noises[0], **options}
     options.update(step_noise=noises.__getitem__, dtype=torch.float64)
     states = list(reference.p_sample_loop_progressive(affine_model, (5, 1), SCHEDULE, **options))
     assert len(states) == len(kept) + 1 and torch.equal(states[0], noises[0])
     whole = reference.p_sample_loop(affine_model, (5, 1), SCHEDULE, **options)
     assert torch.equal(states[-1], whole)
-    plan = make_plan(SCHEDULE, method, steps, eta=eta)
     x_t = noises[0]
     for i, (timestep, state) in enumerate(zip(plan.timesteps, states[1:], strict=True)):
         output = affine_model(x_t, torch.full((5,), timestep))
