@@ -29,6 +29,7 @@ class Loop:
         self.seed = torch.zeros_like(self.row)
         self.index = torch.zeros_like(self.row)
         self.status = torch.zeros(4, dtype=torch.int32, device=device)
+        # Written by each step for the next; no plan's first step reads it.
         self.previous_pred_xstart = torch.zeros_like(self.x) if sampler.plan.multistep else None
         self.guidance = torch.ones(1, device=device) if sampler.guided else None
         copies = 2 if sampler.guided else 1
@@ -56,8 +57,6 @@ class Loop:
         if self.guidance is not None:
             self.guidance.fill_(sampler.guidance_scale)
             self.labels[self.batch_size :].fill_(sampler.null_class)
-        if self.previous_pred_xstart is not None:
-            self.previous_pred_xstart.zero_()
         if x_T is not None:
             self.x.copy_(x_T)
         elif x_start is not None:
