@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import noise, ops
 from .device import memory_format
+from .plan import Plan
 
 if TYPE_CHECKING:
     from .sampler import Sampler
@@ -27,13 +29,24 @@ class Loop:
         self.seed = torch.zeros_like(self.row)
         self.index = torch.zeros_like(self.row)
         self.status = torch.zeros(4, dtype=torch.int32, device=device)
+        # Written by each step for the next; no plan's first step reads it.
+        self.previous_pred_xstart = torch.zeros_like(self.x) if sampler.plan.multistep else None
         self.guidance = torch.ones(1, device=device) if sampler.guided else None
         copies = 2 if sampler.guided else 1
         self.labels = torch.zeros(copies * batch_size, dtype=torch.int64, device=device)
         self.conditions = {"class_labels": self.labels} if conditional else {}
 
-    def start(self, seed: int, index: Tensor, labels: Tensor | None) -> None:
-        """Draw x_T of the samples `index` and go back to the first row."""
+    def start(
+        self,
+        seed: int,
+        index: Tensor,
+        labels: Tensor | None,
+        x_T: Tensor | None = None,
+        x_start: Tensor | None = None,
+    ) -> None:
+        """Make the state that the first row takes of the samples `index`: x_T, given or drawn, or
+        x_start noised as the plan says; then go back to the first row.
+        """
         sampler = self.sampler
         self.seed.fill_(_as_int64(seed))
         self.index.copy_(index)
@@ -44,8 +57,24 @@ class Loop:
         if self.guidance is not None:
             self.guidance.fill_(sampler.guidance_scale)
             self.labels[self.batch_size :].fill_(sampler.null_class)
-        shape = list(sampler.sample_shape)
-        self.x.copy_(ops.randn(self.seed, self.index, shape, backend=sampler.backend))
+        if x_T is not None:
+            self.x.copy_(x_T)
+        elif x_start is not None:
+            self.x.copy_(x_start)
+            self.x.copy_(self._noised(self.x, sampler.plan.start))
+        else:
+            self.x.copy_(self._draw(noise.SAMPLING))
+
+    def _draw(self, stream: int) -> Tensor:
+        shape, backend = list(self.sampler.sample_shape), self.sampler.backend
+        return ops.randn(self.seed, self.index, shape, stream=stream, backend=backend)
+
+    def _noised(self, x_start: Tensor, coefficients: Tensor) -> Tensor:
+        """q_sample with the noise that the contract keeps for editing."""
+        level = torch.zeros_like(self.row)
+        drawn, backend = self._draw(noise.EDITING), self.sampler.backend
+        arguments = (x_start, coefficients, level, self.seed, self.index)
+        return ops.q_sample(*arguments, noise=drawn, backend=backend)[0]
 
     def step(self) -> None:
         """One row of the plan for the whole batch."""
@@ -64,10 +93,33 @@ class Loop:
             self.seed,
             self.index,
             guidance_scale=self.guidance,
+            previous_pred_xstart=self.previous_pred_xstart,
             status=self.status,
             backend=sampler.backend,
         )
         self.row.add_(1)
+
+
+def check_first_state(
+    plan: Plan, shape: Sequence[int], x_T: Tensor | None, x_start: Tensor | None
+) -> None:
+    """Raise ValueError where the plan starts from another thing, or it is not of `shape`."""
+    if plan.start is not None and (x_start is None or x_T is not None):
+        how = f"method {plan.method}" if plan.strength is None else f"strength {plan.strength}"
+        raise ValueError(f"{how} starts from x_start: give it, and no x_T")
+    if plan.start is None and x_start is not None:
+        raise ValueError(
+            "x_start was given, but this sampler starts from x_T: make it with a strength above 0 "
+            "(1 is all steps), or with method ddim_inverse"
+        )
+    name, x = ("x_T", x_T) if x_start is None else ("x_start", x_start)
+    if x is None:
+        return
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape != tuple(shape):
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a floating-point tensor of shape {shape}, got {got}")
+    if not x.isfinite().all():
+        raise ValueError(f"{name} has values that are not finite")
 
 
 def _as_int64(seed: int) -> int:

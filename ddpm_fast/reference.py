@@ -218,22 +218,23 @@ def ddim_sample(
     prediction_type: str = "epsilon",
     variance_type: str = "fixed_small",
     clip_denoised: bool = True,
+    use_clipped_model_output: bool = True,
 ) -> Sample:
     """One DDIM step (Song et al. 2020, equations 12 and 16), on the schedule's own t -> t-1.
 
-    To take fewer steps, `schedule.respace` first. eps is derived again from the clipped
-    pred_xstart; a learned variance is ignored.
+    To take fewer steps, `schedule.respace` first. eps is derived from pred_xstart as it is after
+    the clip, or before it (use_clipped_model_output=False); a learned variance is ignored.
     """
     _same_shape("noise", noise, x_t)
     one_of("variance_type", variance_type, VARIANCE_TYPES)
     eta = real("eta", eta, 0.0, 1.0)
     output, _ = _split(model_output, x_t, variance_type.startswith("learned"))
-    pred_xstart = predict_xstart(schedule, output, x_t, t, prediction_type)
-    if clip_denoised:
-        pred_xstart = pred_xstart.clamp(-1, 1)
+    unclipped = predict_xstart(schedule, output, x_t, t, prediction_type)
+    pred_xstart = unclipped.clamp(-1, 1) if clip_denoised else unclipped
     ac, ac_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
     root = schedule.sqrt_one_minus_alphas_cumprod
-    eps = (x_t - _extract(np.sqrt(ac), t, x_t) * pred_xstart) / _extract(root, t, x_t)
+    source = pred_xstart if use_clipped_model_output else unclipped
+    eps = (x_t - _extract(np.sqrt(ac), t, x_t) * source) / _extract(root, t, x_t)
     with np.errstate(invalid="ignore"):  # 0 / 0 past the signal's end comes out as NaN
         sigma = eta * np.sqrt((1 - ac_prev) / (1 - ac)) * np.sqrt(1 - ac / ac_prev)
     direction = np.sqrt(np.maximum(1 - ac_prev - sigma**2, 0.0))
@@ -253,6 +254,7 @@ def p_sample_loop_progressive(
     prediction_type: str = "epsilon",
     variance_type: str = "fixed_small",
     clip_denoised: bool = True,
+    use_clipped_model_output: bool = True,
     noise: Tensor | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
     generator: torch.Generator | None = None,
@@ -262,7 +264,7 @@ def p_sample_loop_progressive(
     """Yields x_T, then x_t after each of the S steps, all of shape `shape`; the last is the sample.
 
     model(x_t, t) takes the original timesteps, int64 (N,), and returns its prediction.
-    timesteps: those kept, increasing (`schedule.timesteps_for`); None is all. noise: x_T, else
+    timesteps: those kept, increasing (`spacing.timesteps_for`); None is all. noise: x_T, else
     drawn. step_noise(i): the noise of the i-th step, i = 1 .. S, else drawn; draws use `generator`.
     """
     one_of("method", method, ("ddpm", "ddim"))
@@ -284,6 +286,7 @@ def p_sample_loop_progressive(
         if method == "ddpm":
             x_t = p_sample(respaced, output, x_t, t, z, *types).sample
         else:
+            types += (use_clipped_model_output,)
             x_t = ddim_sample(respaced, output, x_t, t, z, eta, *types).sample
         yield x_t
 

@@ -114,12 +114,12 @@ def step(
     dtype, operation by operation, in the order written here. A NaN passes the clip as a NaN.
     """
     _check_state(coefficients, index, row, x_t)
-    # The columns as design section 3 lists them and plan.py names them.
+    # The columns as methods.py names them.
     columns = coefficients[row].to(x_t.dtype)
     a, b, c0, c1, c2, c3, sigma, min_log, max_log, low, high = (
         column.reshape(-1, *[1] * (x_t.ndim - 1)) for column in columns.unbind(1)[:11]
     )
-    learned = ((index[row, 2] & 1) != 0).reshape(sigma.shape)  # plan.LEARNED_VARIANCE
+    learned = ((index[row, 2] & 1) != 0).reshape(sigma.shape)  # methods.LEARNED_VARIANCE
     any_learned = bool(learned.any())
 
     output, extra = _prediction(model_output, x_t, guidance_scale, any_learned)

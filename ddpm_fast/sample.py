@@ -14,11 +14,12 @@ from torch import Tensor
 from . import __version__, cli, noise
 from .backend import NAMES
 from .checkpoint import Model, load_model
+from .data import Dataset, load_dataset
 from .device import DTYPES, device_name, resolve_device, resolve_dtype
+from .methods import METHODS
 from .output import Output
-from .plan import METHODS
 from .sampler import Sampler
-from .schedule import SPACINGS
+from .spacing import SPACINGS
 
 
 def _steps(text: str) -> int | str:
@@ -40,10 +41,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--start", type=int, default=0, help="index of the first sample of the seed")
     p.add_argument("--batch-size", type=int, help="samples computed at once")
-    p.add_argument("--method", choices=tuple(METHODS), default="ddpm")
+    methods = [name for name, method in METHODS.items() if not method.inverse]
+    p.add_argument("--method", choices=methods, default="ddpm")
     p.add_argument("--steps", type=_steps, help='a number, "10,15,20" or "ddim50"; default: all')
     p.add_argument("--spacing", choices=SPACINGS, help="of a number of steps")
+    p.add_argument("--steps-offset", type=int, default=0, help="of spacing leading")
     p.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 to 1")
+    p.add_argument(
+        "--use-clipped-model-output",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ddim: derive eps again from the clipped pred_xstart",
+    )
+    p.add_argument("--init", help="img2img: images to start from, as --data of training")
+    p.add_argument("--strength", type=float, help="of --init, 0 to 1: how much is drawn anew")
     p.add_argument("--class", dest="classes", help='"3", "0,1,2" or "all"; default: none asked')
     p.add_argument("--guidance", type=float, default=1.0, help="classifier-free; 1 is off")
     p.add_argument(
@@ -78,12 +89,25 @@ def parse_classes(text: str | None, num_classes: int | None) -> list[int] | None
         ) from None
 
 
-def record(args: argparse.Namespace, model: Model, sampler: Sampler, classes: object) -> dict:
+def first_images(data: Dataset, start: int, num_samples: int) -> Tensor:
+    """x_start of the samples from start on: image i modulo their number for sample i."""
+    indices = torch.tensor([(start + i) % len(data) for i in range(num_samples)], dtype=torch.int64)
+    return data.batch(indices)[0]
+
+
+def record(
+    args: argparse.Namespace,
+    model: Model,
+    sampler: Sampler,
+    classes: list[int] | None,
+    init: Dataset | None,
+) -> dict:
     """run.json: what decides the pictures, and what can change a last bit of them."""
     decides = {
         "model_sha256": model.sha256,
         "schedule": model.schedule.config(),
         **sampler.plan.describe(),
+        "init": None if init is None else init.checksums,
         "classes": classes,
         "guidance": args.guidance,
         "seed": args.seed,
@@ -111,6 +135,8 @@ def record(args: argparse.Namespace, model: Model, sampler: Sampler, classes: ob
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if (args.init is None) != (args.strength is None):
+        raise ValueError("--init and --strength belong together: give both, or neither")
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     model = load_model(args.model, device)
@@ -120,7 +146,10 @@ def main(argv: list[str] | None = None) -> int:
         method=args.method,
         steps=args.steps,
         spacing=args.spacing,
+        steps_offset=args.steps_offset,
+        strength=args.strength,
         eta=args.eta,
+        use_clipped_model_output=args.use_clipped_model_output,
         variance_type=args.variance,
         clip_denoised=not args.no_clip,
         guidance_scale=args.guidance,
@@ -130,8 +159,11 @@ def main(argv: list[str] | None = None) -> int:
     classes = parse_classes(args.classes, sampler.num_classes)
     if args.batch_size is None:
         args.batch_size = sampler.default_batch_size(args.num_samples)
-    sampler.check(args.num_samples, args.seed, args.start, args.batch_size, classes)
-    run = record(args, model, sampler, classes)
+    init = None if args.init is None else load_dataset(args.init)
+    x_start = None if init is None else first_images(init, args.start, args.num_samples)
+    wanted = (args.num_samples, args.seed, args.start, args.batch_size, classes)
+    sampler.check(*wanted, x_start=x_start)
+    run = record(args, model, sampler, classes, init)
     output = Output(args, sampler.sample_shape)
     output.prepare(run)
     say = (lambda text: None) if args.quiet else print
@@ -149,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         start=args.start,
         batch_size=args.batch_size,
         classes=classes,
+        x_start=x_start,
         progress=not args.quiet,
         callback=frame if args.gif else None,
     ):

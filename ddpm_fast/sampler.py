@@ -16,7 +16,7 @@ from .arguments import real
 from .checkpoint import Model
 from .device import memory_format
 from .graphs import CapturedStep
-from .loop import Loop
+from .loop import Loop, check_first_state
 from .plan import Plan, make_plan
 from .schedule import NoiseSchedule
 
@@ -34,8 +34,8 @@ class Sampler:
             and t (N,) int64 on `device`; ours or a host project's.
         schedule: the noise schedule that it was trained with.
         sample_shape: (C, *size) of one sample.
-        method, steps, spacing, eta, prediction_type, variance_type, clip_denoised: see
-            `plan.make_plan`.
+        method, steps, spacing, eta, prediction_type, variance_type, clip_denoised, steps_offset,
+            use_clipped_model_output, strength: see `plan.make_plan`.
         dtype: of the network's input; the state stays float32.
         backend: of the fused step: auto, cpu, cuda, triton or reference.
         guidance_scale: W of eps = uncond + W * (cond - uncond) (Ho and Salimans 2022,
@@ -60,6 +60,9 @@ class Sampler:
         prediction_type: str = "epsilon",
         variance_type: str = "fixed_small",
         clip_denoised: bool = True,
+        steps_offset: int = 0,
+        use_clipped_model_output: bool = True,
+        strength: float | None = None,
         guidance_scale: float = 1.0,
         num_classes: int | None = None,
         null_class: int | None = None,
@@ -71,7 +74,11 @@ class Sampler:
         self.device, self.dtype = torch.device(device), dtype
         self.network, self.sample_shape = network, tuple(sample_shape)
         plan = make_plan(
-            schedule, method, steps, spacing, eta, prediction_type, variance_type, clip_denoised
+            *(schedule, method, steps, spacing, eta),
+            *(prediction_type, variance_type, clip_denoised),
+            steps_offset=steps_offset,
+            use_clipped_model_output=use_clipped_model_output,
+            strength=strength,
         )
         self.plan: Plan = plan.to(self.device)
         self.timesteps = self.plan.index[:, 0].long()
@@ -126,6 +133,8 @@ class Sampler:
         start: int,
         batch_size: int,
         classes: Sequence[int] | None,
+        x_T: Tensor | None = None,
+        x_start: Tensor | None = None,
     ) -> None:
         """Raise ValueError, before any work, for a run that `stream` would refuse."""
         for name, value, low, high in (
@@ -137,6 +146,7 @@ class Sampler:
             if not low <= value < high:
                 raise ValueError(f"{name} must be at least {low} and below {high}, got {value}")
         self.labels(torch.zeros(1, dtype=torch.int64), classes)
+        check_first_state(self.plan, (num_samples, *self.sample_shape), x_T, x_start)
 
     def default_batch_size(self, num_samples: int) -> int:
         return min(num_samples, DEFAULT_BATCH_SIZE[self.device.type])
@@ -191,22 +201,29 @@ class Sampler:
         start: int = 0,
         batch_size: int | None = None,
         classes: Sequence[int] | None = None,
+        x_T: Tensor | None = None,
+        x_start: Tensor | None = None,
         progress: bool = False,
         callback: Callable[[Tensor, int, Tensor], None] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (sample indices (B,), x_0 (B, C, *size) float32 in [-1, 1]) batch by batch.
+        """Yield (sample indices (B,), x_0 (B, C, *size) float32) batch by batch.
+
+        x_0 lies in [-1, 1] if clip_denoised is on. Method ddim_inverse yields x_T in its place.
 
         Args:
             num_samples, start: the samples start .. start + num_samples - 1 of the seed. Sample i
                 has the same noise whatever the others are.
             batch_size: how many are computed at once; a last, partial batch is padded.
             classes: sample i is of class classes[i % len(classes)]; None is no class.
+            x_T: (num_samples, C, *size) floating point, in the place of the drawn x_T.
+            x_start: likewise, for a sampler with a strength (img2img: each is noised, and denoised
+                from there) or method ddim_inverse (each is turned into its x_T).
             callback: called as (sample indices, steps done, x_t) before the first step and after
                 each; the samples past the end of the run are cut off.
         """
         if batch_size is None:
             batch_size = self.default_batch_size(num_samples)
-        self.check(num_samples, seed, start, batch_size, classes)
+        self.check(num_samples, seed, start, batch_size, classes, x_T, x_start)
         bar = tqdm(
             total=-(-num_samples // batch_size) * self.plan.num_steps,
             disable=not progress,
@@ -217,8 +234,12 @@ class Sampler:
             for first in range(start, start + num_samples, batch_size):
                 kept = min(batch_size, start + num_samples - first)
                 # Padding repeats the last wanted sample, so nothing unwanted can fail the run.
-                index = (first + torch.arange(batch_size).clamp(max=kept - 1)).contiguous()
-                loop.start(seed, index, self.labels(index, classes))
+                place = first - start + torch.arange(batch_size).clamp(max=kept - 1)
+                index = start + place
+                loop.start(
+                    *(seed, index, self.labels(index, classes)),
+                    *(None if x is None else x[place.to(x.device)] for x in (x_T, x_start)),
+                )
                 for done in range(self.plan.num_steps):
                     if callback:
                         callback(index[:kept], done, loop.x[:kept])

@@ -1,4 +1,4 @@
-"""The noise schedule: float64 tables under the published names, and the choice of timesteps.
+"""The noise schedule: float64 tables under the published names.
 
 Vocabulary and formulas: Ho et al. 2020 (DDPM, arXiv:2006.11239), Nichol & Dhariwal 2021 (IDDPM,
 arXiv:2102.09672), as OpenAI's guided-diffusion writes them. Everything raises ValueError, in one
@@ -7,7 +7,6 @@ sentence, on what is no schedule.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,6 @@ from ddpm_fast.arguments import count, one_of, real, shown
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
-SPACINGS = ("openai", "leading", "trailing", "linspace", "quadratic")
 
 MAX_TIMESTEPS = 2**20 - 1  # the noise contract counts steps in 20 bits, and step 0 draws x_T
 
@@ -199,102 +197,3 @@ class NoiseSchedule:
         if name == "squaredcos_cap_v2":
             return cls.cosine(steps)
         return makers[name](steps, config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
-
-
-def space_timesteps(num_timesteps: int, section_counts: int | str | Sequence[int]) -> np.ndarray:
-    """OpenAI's choice of timesteps (guided-diffusion respace.py, `space_timesteps`), sorted.
-
-    `section_counts`: a count; "250"; "10,15,20" or [10, 15, 20] (T cut into equal sections with so
-    many steps each); "ddimN" (the stride of the DDIM paper that gives exactly N steps from 0 on).
-    Except for "ddimN", a section's first and last timestep are kept; a count of 1 keeps the first.
-    Returns a strictly increasing int64 array.
-    """
-    total = count("num_timesteps", num_timesteps, 1, MAX_TIMESTEPS)
-    if isinstance(section_counts, str):
-        text = section_counts.replace(" ", "")
-        if not re.fullmatch(r"(ddim)?[0-9]{1,7}|[0-9]{1,7}(,[0-9]{1,7})+", text):
-            raise ValueError(
-                f'steps must be like "250", "10,15,20" or "ddim50", not {shown(section_counts)}.'
-            )
-        if text.startswith("ddim"):
-            return _ddim_stride(total, int(text.removeprefix("ddim")))
-        section_counts = [int(part) for part in text.split(",")]
-    elif not isinstance(section_counts, (list, tuple, np.ndarray)):
-        section_counts = [section_counts]
-    counts = [count("a section's step count", number, 0, total) for number in section_counts]
-    if sum(counts) < 1:
-        raise ValueError(f"at least 1 step must be kept, but {shown(section_counts)} keeps none.")
-    kept, start = [], 0
-    for i, wanted in enumerate(counts):
-        size = total // len(counts) + (i < total % len(counts))
-        if wanted > size:
-            raise ValueError(
-                f"section {i + 1} of {len(counts)} has {size} of the {total} timesteps, too few"
-                f" for {wanted} steps; ask for at most {size} there."
-            )
-        stride = (size - 1) / (wanted - 1) if wanted > 1 else 1
-        place = 0.0  # summed, not multiplied, to round where OpenAI's rounds
-        for _ in range(wanted):
-            kept.append(start + round(place))
-            place += stride
-        start += size
-    return np.array(kept, dtype=np.int64)
-
-
-def _ddim_stride(total: int, wanted: int) -> np.ndarray:
-    for stride in range(1, total):
-        if len(range(0, total, stride)) == wanted:
-            return np.arange(0, total, stride, dtype=np.int64)
-    raise ValueError(
-        f'no whole stride over {total} timesteps gives exactly {wanted} steps; "{wanted}" without'
-        f' "ddim" spaces them evenly.'
-    )
-
-
-def spaced(num_timesteps: int, steps: int, spacing: str = "openai") -> np.ndarray:
-    """`steps` of `num_timesteps` timesteps, evenly or quadratically; strictly increasing int64.
-
-    openai: `space_timesteps`, 0 to T-1 (1 step: 0). leading, trailing, linspace: diffusers' (Lin
-    et al. 2023, table 2); leading is i * (T // steps) without an offset and never sees T-1,
-    trailing counts back from T-1. quadratic: floor(c i^2) up to 0.8 T (Song et al. 2020,
-    appendix D.2, and its code); where that repeats a timestep, the next free one is taken.
-    """
-    total = count("num_timesteps", num_timesteps, 1, MAX_TIMESTEPS)
-    steps = count("steps", steps, 1, total)
-    one_of("spacing", spacing, SPACINGS)
-    if spacing == "openai":
-        return space_timesteps(total, steps)
-    if spacing == "leading":
-        kept = np.arange(steps) * (total // steps)
-    elif spacing == "trailing":
-        # diffusers' own arange, so that halves round alike; cut where it yields one too many.
-        kept = (np.round(np.arange(total, 0, -total / steps)) - 1)[:steps][::-1]
-    elif spacing == "linspace":
-        kept = np.round(np.linspace(0, total - 1, steps))
-    else:
-        squares = np.floor(np.linspace(0.0, np.sqrt(0.8 * total), steps) ** 2)
-        kept = np.maximum(squares, np.arange(steps))  # convex, so this is strictly increasing
-    return kept.astype(np.int64)
-
-
-def timesteps_for(
-    num_timesteps: int, steps: int | str | None = None, spacing: str | None = None
-) -> np.ndarray:
-    """The timesteps that are used, strictly increasing int64: the one entry for every caller.
-
-    steps None: all T. A string: OpenAI's language (`space_timesteps`), which needs no spacing. A
-    number: `spaced`, by default OpenAI's even spacing.
-    """
-    total = count("num_timesteps", num_timesteps, 1, MAX_TIMESTEPS)
-    if spacing is not None:
-        one_of("spacing", spacing, SPACINGS)
-    if steps is None:
-        return np.arange(total, dtype=np.int64)
-    if isinstance(steps, str):
-        if spacing not in (None, "openai"):
-            raise ValueError(
-                f"steps {shown(steps)} already says which timesteps, so spacing {spacing!r} cannot"
-                f" apply; give the steps as a number, or no spacing."
-            )
-        return space_timesteps(total, steps)
-    return spaced(total, steps, spacing or "openai")

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_fast import plan as P
+from ddpm_fast import methods as M
 from ddpm_fast import reference
 from ddpm_fast.plan import make_plan
 from ddpm_fast.schedule import NoiseSchedule
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
+METHODS = [("ddpm", 0, True), ("ddim", 0, True), ("ddim", 0.4, True), ("ddim", 1, True)]
+METHODS += [("ddim", 0.4, False)]
 STEPS = [(None, None), ("ddim10", None), ("3,4", None), (13, "openai"), (9, "leading")]
 STEPS += [(9, "trailing"), (7, "linspace"), (8, "quadratic"), (1, "trailing")]
 
@@ -24,6 +26,7 @@ def published_step(schedule, plan, i, x_t, output, noise):
     t = torch.full((len(x_t),), plan.num_steps - 1 - i)
     types = (plan.prediction_type, plan.variance_type, plan.clip_denoised)
     if plan.method == "ddim":
+        types += (plan.use_clipped_model_output,)
         return reference.ddim_sample(respaced, output, x_t, t, noise, plan.eta, *types)
     return reference.p_sample(respaced, output, x_t, t, noise, *types)
 
@@ -46,10 +49,13 @@ def check_rows(schedule, plan):
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("variance_type", VARIANCES)
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-@pytest.mark.parametrize("method, eta", [("ddpm", 0), ("ddim", 0), ("ddim", 0.4), ("ddim", 1)])
-def test_rows_equal_the_published_step(method, eta, prediction_type, variance_type, clip):
+@pytest.mark.parametrize("method, eta, use_clipped", METHODS)
+def test_rows_equal_the_published_step(
+    method, eta, use_clipped, prediction_type, variance_type, clip
+):
     schedule = NoiseSchedule.linear(100, 1e-3, 0.1)
     options = {"method": method, "eta": eta, "clip_denoised": clip}
+    options["use_clipped_model_output"] = use_clipped
     plan = make_plan(
         schedule, prediction_type=prediction_type, variance_type=variance_type, **options
     )
@@ -81,27 +87,27 @@ def test_coefficients_long_hand():
         variances.append(beta * (1 - before) / (1 - ac))
         i = 49 - j
         row = ddpm.coefficients64[i]
-        assert row[P.A].item() == pytest.approx(ac**-0.5, rel=1e-12)
-        assert row[P.B].item() == pytest.approx(-math.sqrt((1 - ac) / ac), rel=1e-11)
-        assert row[P.C0].item() == pytest.approx(beta * math.sqrt(before) / (1 - ac), rel=1e-12)
+        assert row[M.A].item() == pytest.approx(ac**-0.5, rel=1e-12)
+        assert row[M.B].item() == pytest.approx(-math.sqrt((1 - ac) / ac), rel=1e-11)
+        assert row[M.C0].item() == pytest.approx(beta * math.sqrt(before) / (1 - ac), rel=1e-12)
         c1 = (1 - before) * math.sqrt(1 - beta) / (1 - ac)
-        assert row[P.C1].item() == pytest.approx(c1, rel=1e-12)
-        assert row[P.MAX_LOG].item() == pytest.approx(math.log(beta), rel=1e-12)
+        assert row[M.C1].item() == pytest.approx(c1, rel=1e-12)
+        assert row[M.MAX_LOG].item() == pytest.approx(math.log(beta), rel=1e-12)
         sigma = 0.5 * math.sqrt((1 - before) / (1 - ac) * (1 - ac / before))
         k = math.sqrt(1 - before - sigma**2)
         row = ddim.coefficients64[i]
         wanted = [math.sqrt(before) - k * math.sqrt(ac / (1 - ac)), k / math.sqrt(1 - ac), 0, 0]
-        got = row[[P.C0, P.C1, P.C2, P.C3]].tolist()
+        got = row[[M.C0, M.C1, M.C2, M.C3]].tolist()
         assert got == pytest.approx(wanted, rel=1e-11, abs=1e-15)
-        assert row[P.SIGMA].item() == pytest.approx(sigma, rel=1e-12)
+        assert row[M.SIGMA].item() == pytest.approx(sigma, rel=1e-12)
         if j:
-            assert small.coefficients64[i, P.SIGMA].item() ** 2 == pytest.approx(variances[j])
-            assert large.coefficients64[i, P.SIGMA].item() ** 2 == pytest.approx(beta)
+            assert small.coefficients64[i, M.SIGMA].item() ** 2 == pytest.approx(variances[j])
+            assert large.coefficients64[i, M.SIGMA].item() ** 2 == pytest.approx(beta)
     logs = [math.log(v) for v in [variances[1], *variances[1:]]]
-    np.testing.assert_allclose(ddpm.coefficients64[:, P.MIN_LOG].flip(0), logs, rtol=1e-12)
+    np.testing.assert_allclose(ddpm.coefficients64[:, M.MIN_LOG].flip(0), logs, rtol=1e-12)
     for plan in (ddpm, small, large, ddim):
-        assert plan.coefficients64[-1, P.SIGMA] == 0 and plan.index[-1, P.FLAGS] == 0
-    assert (ddpm.index[:-1, P.FLAGS] == P.LEARNED_VARIANCE).all()
+        assert plan.coefficients64[-1, M.SIGMA] == 0 and plan.index[-1, M.FLAGS] == 0
+    assert (ddpm.index[:-1, M.FLAGS] == M.LEARNED_VARIANCE).all()
 
 
 def test_shapes_types_and_index():
@@ -109,10 +115,10 @@ def test_shapes_types_and_index():
     assert plan.coefficients64.shape == (45, 16) and plan.coefficients64.dtype == torch.float64
     assert plan.coefficients.dtype == torch.float32 and plan.index.dtype == torch.int32
     assert (plan.coefficients == plan.coefficients64.float()).all()
-    assert plan.index[:, P.TIMESTEP].tolist() == plan.timesteps
-    assert plan.index[:, P.NOISE_STEP].tolist() == list(range(1, 46))
+    assert plan.index[:, M.TIMESTEP].tolist() == plan.timesteps
+    assert plan.index[:, M.NOISE_STEP].tolist() == list(range(1, 46))
     assert plan.timesteps[0] == 999 and plan.timesteps == sorted(plan.timesteps, reverse=True)
-    assert plan.coefficients[0, P.CLIP_LO] == -math.inf and plan.coefficients[0, 11:].sum() == 0
+    assert plan.coefficients[0, M.CLIP_LO] == -math.inf and plan.coefficients[0, 11:].sum() == 0
     assert plan.to("cpu").timesteps == plan.timesteps
     told = json.loads(json.dumps(plan.describe()))
     assert told["timesteps"] == plan.timesteps and told["spacing"] == "10,15,20"
@@ -122,7 +128,7 @@ def test_shapes_types_and_index():
 def test_float64_tables_matter():
     """The reason for float64: rounding once keeps 6e-8, a float32 schedule is off by 1e-4."""
     plan = make_plan(NoiseSchedule.linear())
-    relative = (plan.coefficients.double() / plan.coefficients64 - 1)[:-1, : P.C1 + 1]
+    relative = (plan.coefficients.double() / plan.coefficients64 - 1)[:-1, : M.C1 + 1]
     assert relative.abs().max() < 6e-8
 
 
@@ -131,7 +137,7 @@ def test_ddim_with_eta_one_has_the_ddpm_variance():
     for steps in (None, 20):
         ddim = make_plan(schedule, "ddim", steps, eta=1.0)
         ddpm = make_plan(schedule, "ddpm", steps)
-        for column in (P.C0, P.C1, P.SIGMA):
+        for column in (M.C0, M.C1, M.SIGMA):
             # atol: near t = 0, sqrt(before) - k * ... cancels.
             torch.testing.assert_close(
                 ddim.coefficients64[:, column],
@@ -155,9 +161,9 @@ def chain_of_plan(schedule, plan, mu, s):
         # eps = slope * x_t + offset
         slope = (1 - math.sqrt(ac) * gain) / math.sqrt(1 - ac)
         offset = -math.sqrt(ac) * (mu - gain * math.sqrt(ac) * mu) / math.sqrt(1 - ac)
-        a, b = row[P.A] + row[P.B] * slope, row[P.B] * offset
-        factor, shift = row[P.C0] * a + row[P.C1], row[P.C0] * b
-        mean, variance = factor * mean + shift, factor**2 * variance + row[P.SIGMA] ** 2
+        a, b = row[M.A] + row[M.B] * slope, row[M.B] * offset
+        factor, shift = row[M.C0] * a + row[M.C1], row[M.C0] * b
+        mean, variance = factor * mean + shift, factor**2 * variance + row[M.SIGMA] ** 2
     return mean, variance
 
 
@@ -270,7 +276,16 @@ def test_signal_that_ends_early():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"method": "dpm"}, ["ddpm, ddim", "'dpm'"]),
+        ({"method": "dpm"}, ["ddpm, ddim, dpmpp_2m, ddim_inverse", "'dpm'"]),
+        ({"method": "dpmpp_2m", "eta": 1}, ["ddim", "dpmpp_2m", "1.0"]),
+        ({"use_clipped_model_output": False}, ["ddim", "ddpm"]),
+        ({"use_clipped_model_output": 1}, ["True or False", "1"]),
+        ({"method": "ddim_inverse", "strength": 0.5}, ["ddim_inverse", "0.5"]),
+        ({"strength": 0}, ["no step", "larger"]),
+        ({"strength": 1.5}, ["between 0.0 and 1.0", "1.5"]),
+        ({"strength": "a"}, ["'a'"]),
+        ({"steps": 3, "strength": 0.3}, ["0.3 of 3 steps", "no step"]),
+        ({"steps": 3, "steps_offset": 1}, ["leading", "openai"]),
         ({"method": None}, ["None"]),
         ({"prediction_type": "eps"}, ["epsilon, sample, v_prediction"]),
         ({"variance_type": "fixed"}, ["fixed_small, fixed_large, learned, learned_range"]),

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_fast import plan as P
+from ddpm_fast import methods as M
 from ddpm_fast import reference
 from ddpm_fast.plan import make_plan
-from ddpm_fast.schedule import NoiseSchedule, timesteps_for
+from ddpm_fast.schedule import NoiseSchedule
+from ddpm_fast.spacing import timesteps_for
 
 SCHEDULE = NoiseSchedule.linear(60, 1e-3, 0.15)
 SHAPES = [(3, 1), (2, 3, 7), (2, 3, 4, 5), (2, 1, 3, 4, 2)]
@@ -123,12 +124,12 @@ def scalar_step(plan, i, x_t, output, noise, previous):
     f = np.float32
     c = plan.coefficients[i].numpy()
     total = f(0)
-    for coefficient, value in ((c[P.A], x_t), (c[P.B], output)):
+    for coefficient, value in ((c[M.A], x_t), (c[M.B], output)):
         total = f(total + f(coefficient * value)) if coefficient != 0 else total
-    pred = min(max(total, c[P.CLIP_LO]), c[P.CLIP_HI])
+    pred = min(max(total, c[M.CLIP_LO]), c[M.CLIP_HI])
     total = f(0)
     values = (pred, x_t, previous, output, noise)
-    for column, value in zip((P.C0, P.C1, P.C2, P.C3, P.SIGMA), values, strict=True):
+    for column, value in zip((M.C0, M.C1, M.C2, M.C3, M.SIGMA), values, strict=True):
         total = f(total + f(c[column] * value)) if c[column] != 0 else total
     return total, pred
 
@@ -136,7 +137,7 @@ def scalar_step(plan, i, x_t, output, noise, previous):
 def test_step_rounds_as_written():
     """Bit for bit in float32, with every term in use and each sample at its own row."""
     plan = make_plan(SCHEDULE, "ddim", 9, eta=0.7)
-    plan.coefficients[:, P.C2], plan.coefficients[:, P.C3] = 0.123, -0.0371
+    plan.coefficients[:, M.C2], plan.coefficients[:, M.C3] = 0.123, -0.0371
     row = torch.arange(9)
     x_t, output, noise, previous = (draw(9, 40, seed=s, dtype=torch.float32) for s in range(4))
     got, pred = reference.step(plan.coefficients, plan.index, row, x_t, output, noise, previous)
@@ -201,19 +202,28 @@ def affine_model(x, t):
     return (x - ac.sqrt() * start) / (1 - ac).sqrt()
 
 
-@pytest.mark.parametrize("method, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.6)])
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        ("ddpm", {}),
+        ("ddim", {}),
+        ("ddim", {"eta": 0.6}),
+        ("ddim", {"eta": 0.6, "use_clipped_model_output": False}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("steps", [None, 12])
-def test_loop_equals_the_plan(method, eta, steps):
+def test_loop_equals_the_plan(method, options, steps):
     """The published loop and the table's, on the same noise, over all the steps."""
     kept = timesteps_for(60, steps)
     noises = [draw(5, 1, seed=i) for i in range(len(kept) + 1)]
-    options = {"method": method, "eta": eta, "timesteps": kept, "noise": noises[0]}
+    plan = make_plan(SCHEDULE, method, steps, **options)
+    options = {"method": method, "timesteps": kept, "noise": noises[0], **options}
     options.update(step_noise=noises.__getitem__, dtype=torch.float64)
     states = list(reference.p_sample_loop_progressive(affine_model, (5, 1), SCHEDULE, **options))
     assert len(states) == len(kept) + 1 and torch.equal(states[0], noises[0])
     whole = reference.p_sample_loop(affine_model, (5, 1), SCHEDULE, **options)
     assert torch.equal(states[-1], whole)
-    plan = make_plan(SCHEDULE, method, steps, eta=eta)
     x_t = noises[0]
     for i, (timestep, state) in enumerate(zip(plan.timesteps, states[1:], strict=True)):
         output = affine_model(x_t, torch.full((5,), timestep))
@@ -312,6 +322,6 @@ def test_refusals(action, words):
 
 def test_previous_is_asked_for_where_used():
     plan = make_plan(SCHEDULE)
-    plan.coefficients[0, P.C2] = 0.5
+    plan.coefficients[0, M.C2] = 0.5
     sentence(lambda: table_step(plan), "previous_pred_xstart")
     table_step(plan, row=ROW + 1)

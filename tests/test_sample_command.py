@@ -123,6 +123,51 @@ def test_a_class_of_a_model_without_classes(tiny_model, tmp_path, capsys):
         assert status == 2 and "without classes" in err
 
 
+@pytest.mark.parametrize(
+    "words, settings",
+    [
+        (["--method", "dpmpp_2m"], {"method": "dpmpp_2m"}),
+        (
+            ["--method", "ddim", "--no-use-clipped-model-output"],
+            {"use_clipped_model_output": False},
+        ),
+        (
+            ["--spacing", "leading", "--steps-offset", "1"],
+            {"spacing": "leading", "timesteps": [81, 61, 41, 21, 1]},
+        ),
+    ],
+    ids=lambda v: v[1] if isinstance(v, list) else "",
+)
+def test_run_json_has_the_method_and_backends_agree(model_file, tmp_path, capsys, words, settings):
+    arrays = []
+    for backend in ("cpu", "reference"):
+        out = tmp_path / backend
+        arguments = ["--model", model_file, "--num-samples", 2, *words, "--backend", backend]
+        assert run(capsys, *arguments, "--npz", "--out", out, *QUICK)[0] == 0
+        arrays.append(np.load(out / "samples_2x8x8x1.npz")["arr_0"])
+        decides = json.loads((out / "run.json").read_text())["decides"]
+        assert {name: decides[name] for name in settings} == settings
+    assert np.array_equal(*arrays) and arrays[0].std() > 1
+
+
+def test_images_to_start_from(model_file, data_file, images, tmp_path, capsys):
+    """Sample i starts from image i of eleven, over and over; run.json tells the images apart."""
+    arguments = ["--model", model_file, "--init", data_file, "--npz", *QUICK]
+    weak = ["--strength", 0.2, "--start", 10, "--num-samples", 2, "--out", tmp_path / "weak"]
+    assert run(capsys, *arguments, *weak)[0] == 0
+    decides = json.loads((tmp_path / "weak" / "run.json").read_text())["decides"]
+    assert decides["strength"] == 0.2 and decides["timesteps"] == [0]
+    assert list(decides["init"]) == [data_file.name]
+    got = np.load(tmp_path / "weak" / "samples_2x8x8x1.npz")["arr_0"][..., 0].astype(int)
+    wanted = images[0][[10, 0]].astype(int)
+    # One step from timestep 0, where 0.1 % of the variance is noise.
+    assert abs(got - wanted).mean() < 10 < abs(got - wanted[::-1]).mean()
+    strong = ["--strength", 1, "--start", 9, "--num-samples", 3, "--out", tmp_path / "strong"]
+    assert run(capsys, *arguments, *strong)[0] == 0
+    got = np.load(tmp_path / "strong" / "samples_3x8x8x1.npz")["arr_0"][1:, ..., 0].astype(int)
+    assert abs(got - wanted).mean() > 10
+
+
 BAD = {
     "no such model": (["--model", "nothing-here"], 2, "there is no model"),
     "too many steps": (["--steps", "101"], 2, "between 1 and 100"),
@@ -138,6 +183,13 @@ BAD = {
     "method": (["--method", "magic"], 2, "magic"),
     "device": (["--device", "abacus"], 2, "abacus"),
     "backend": (["--backend", "triton"], 1, "triton"),
+    "eta of another method": (["--method", "dpmpp_2m", "--eta", "1"], 2, "ddim"),
+    "raw eps of another method": (["--no-use-clipped-model-output"], 2, "ddim"),
+    "inversion": (["--method", "ddim_inverse"], 2, "ddim_inverse"),
+    "strength alone": (["--strength", "0.5"], 2, "--init"),
+    "images alone": (["--init", "nowhere"], 2, "--strength"),
+    "no images": (["--init", "nowhere", "--strength", "1"], 2, "no data at nowhere"),
+    "steps offset": (["--steps-offset", "1"], 2, "steps_offset"),
     "guidance": (["--guidance", "nan"], 2, "guidance"),
     "guidance to nothing": (["--guidance", "2"], 2, "guidance"),
     "last sample": (["--start", str(2**63 - 1)], 2, "first sample"),
