@@ -30,6 +30,15 @@ class Loop:
         self.guidance = torch.ones(1, device=device) if sampler.guided else None
         copies = 2 if sampler.guided else 1
         self.labels = torch.zeros(copies * batch_size, dtype=torch.int64, device=device)
+        # What the network is given: the step leaves its result here too, in the network's dtype.
+        order = memory_format(device, sampler.dtype, self.x.ndim)
+        self.input = torch.empty(
+            copies * batch_size,
+            *sampler.sample_shape,
+            dtype=sampler.dtype,
+            device=device,
+            memory_format=order,
+        )
         self.conditions = {"class_labels": self.labels} if conditional else {}
 
     def start(self, seed: int, index: Tensor, labels: Tensor | None) -> None:
@@ -46,15 +55,14 @@ class Loop:
             self.labels[self.batch_size :].fill_(sampler.null_class)
         shape = list(sampler.sample_shape)
         self.x.copy_(ops.randn(self.seed, self.index, shape, backend=sampler.backend))
+        self.input.copy_(self.x if self.guidance is None else torch.cat((self.x, self.x)))
 
     def step(self) -> None:
         """One row of the plan for the whole batch."""
         sampler = self.sampler
-        x = self.x if self.guidance is None else torch.cat((self.x, self.x))
         t = sampler.timesteps.index_select(0, self.row)
         t = t if self.guidance is None else torch.cat((t, t))
-        order = memory_format(x.device, sampler.dtype, x.ndim)
-        output = sampler.network(x.to(sampler.dtype, memory_format=order), t, **self.conditions)
+        output = sampler.network(self.input, t, **self.conditions)
         ops.p_sample_step_(
             self.x,
             output,
@@ -65,6 +73,7 @@ class Loop:
             self.index,
             guidance_scale=self.guidance,
             status=self.status,
+            next_input=self.input,
             backend=sampler.backend,
         )
         self.row.add_(1)
