@@ -21,6 +21,17 @@ void require(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
+// [first, last) of the bytes that a and b reach.
+struct Bytes {
+  uintptr_t first, last;
+};
+
+inline void require_disjoint(const char* name_a, Bytes a, const char* name_b, Bytes b) {
+  const bool empty = a.first == a.last || b.first == b.last;
+  require(empty || a.last <= b.first || b.last <= a.first, name_a, " is written while ", name_b,
+          " is read, so they must not share memory; pass a clone.");
+}
+
 inline void require_elements(int64_t elements) {
   require(elements <= kMaxElements, "a sample may have 2^34 elements, but this one has ", elements,
           ".");

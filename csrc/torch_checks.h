@@ -115,19 +115,17 @@ inline std::optional<Layout> layout_of(const Tensor& t) {
 // `t` itself, or a contiguous copy if the kernels cannot walk it; never for a tensor written to.
 inline Tensor walkable(const Tensor& t) { return layout_of(t) ? t : torch::stable::contiguous(t); }
 
+inline Bytes bytes_of(const Tensor& t) {
+  const auto first = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  if (t.numel() == 0) return {first, first};
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  return {first, first + static_cast<uintptr_t>(last + 1) * t.element_size()};
+}
+
 inline void require_disjoint(const char* name_a, const Tensor& a, const char* name_b,
                              const Tensor& b) {
-  auto range = [](const Tensor& t) {
-    const auto first = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-    int64_t last = 0;
-    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-    return std::pair{first, first + static_cast<uintptr_t>(last + 1) * t.element_size()};
-  };
-  if (a.numel() == 0 || b.numel() == 0) return;
-  const auto [a0, a1] = range(a);
-  const auto [b0, b1] = range(b);
-  require(a1 <= b0 || b1 <= a0, name_a, " is written while ", name_b,
-          " is read, so they must not share memory; pass a clone.");
+  require_disjoint(name_a, bytes_of(a), name_b, bytes_of(b));
 }
 
 // Whether no two elements share an address: from the narrowest stride on, each dimension clears

@@ -151,25 +151,38 @@ def p_sample_step_(
     return x_t
 
 
+def _require_one_device(*tensors: Tensor | None) -> None:
+    """What torch asks of the fake implementations, because one of the tensors is on "meta"."""
+    devices = sorted({str(t.device) for t in tensors if t is not None})
+    if len(devices) > 1:
+        raise RuntimeError(
+            f"ddpm_fast: all tensors must be on one device, but they are on"
+            f" {' and '.join(devices)}; move them with .to()."
+        )
+
+
 def _register() -> None:
     """Fake implementations (shapes without data) and q_sample's gradient."""
 
     @torch.library.register_fake("ddpm_fast::randn")
     def _(seed, sample_index, shape, step, stream):
+        _require_one_device(seed, sample_index)
         return seed.new_empty((seed.shape[0], *shape), dtype=torch.float32)
 
     @torch.library.register_fake("ddpm_fast::q_sample")
     def _(x_start, coefficients, timesteps, seed, sample_index, noise=None):
+        _require_one_device(x_start, coefficients, timesteps, seed, sample_index, noise)
         drawn = torch.empty_like(x_start) if noise is None else x_start.new_empty((0,))
         return torch.empty_like(x_start), drawn
 
     @torch.library.register_fake("ddpm_fast::p_sample_step")
     def _(x_t, *args, **kwargs):
+        _require_one_device(x_t, *args, *kwargs.values())
         return torch.empty_like(x_t)
 
     @torch.library.register_fake("ddpm_fast::p_sample_step_")
     def _(x_t, *args, **kwargs):
-        return None
+        _require_one_device(x_t, *args, *kwargs.values())
 
     def setup_context(ctx, inputs, output):
         _, coefficients, timesteps, *_ = inputs
