@@ -58,6 +58,35 @@ def sampling() -> str:
     return "\n".join(lines) + "\n"
 
 
+def ops() -> str:
+    """One line a case: the first backend measured, then each of what it was measured beside."""
+    document = _read("ops")
+    if document is None:
+        return ""
+    figures = document["figures"]
+    absent = figures.pop("absent_peers")
+    missing = f" Not installed, so left out: {', '.join(absent)}." if absent else ""
+    lines = [
+        f"The operators, microseconds a call (layouts: of 2^20 elements), beside their peers and "
+        f"ceilings in the same rounds: {_where(document)}.{missing}",
+        "",
+        "| operator | case | backend | microseconds | beside | microseconds | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for operator, cases in figures.items():
+        for case, times in cases.items():
+            backends = [name for name in times if name in ("cpu", "cuda", "triton")]
+            for name in backends:
+                own = times[name]
+                lines += [
+                    f"| {operator} | {case} | {name} | {1e6 * own:.1f} | {other} "
+                    f"| {1e6 * seconds:.1f} | {seconds / own:.2f} |"
+                    for other, seconds in times.items()
+                    if other not in backends
+                ]
+    return "\n".join(lines) + "\n"
+
+
 def batch_sizes() -> str:
     document = _read("batch_sizes")
     if document is None:
@@ -94,7 +123,7 @@ def main() -> None:
     head, rest = text.split(BEGIN)
     tail = rest[rest.index(END) :]
     tables = "\n".join(
-        t for t in (peer_diffusers(), sampling(), batch_sizes(), fresh_machine()) if t
+        t for t in (peer_diffusers(), sampling(), ops(), batch_sizes(), fresh_machine()) if t
     )
     readme.write_text(f"{head}{BEGIN}{tables}{tail}")
 

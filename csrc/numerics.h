@@ -20,8 +20,13 @@
 namespace ddpm_fast {
 namespace {
 
+// The key and the three words of the counter that a sample's step has in common.
 struct NoiseKey {
   uint32_t k0, k1, c1, c2, c3;
+
+  DDPM_FAST_INLINE uint32_t round_key(int round, int word) const {
+    return word ? k1 + 0xBB67AE85u * round : k0 + 0x9E3779B9u * round;
+  }
 };
 
 DDPM_FAST_INLINE NoiseKey noise_key(int64_t seed, int64_t sample_index, int32_t step,
@@ -32,18 +37,21 @@ DDPM_FAST_INLINE NoiseKey noise_key(int64_t seed, int64_t sample_index, int32_t 
           static_cast<uint32_t>(static_cast<uint64_t>(sample_index) >> 32)};
 }
 
-// Upper halves of the 64-bit lanes may hold anything: the products read the lower ones only.
-template <class V>
-DDPM_FAST_INLINE void philox(typename V::W c[4], uint32_t k0, uint32_t k1) {
+// Upper halves of the 64-bit lanes may hold anything: the products read the lower ones only. The
+// parts advance together, because each waits for its own products.
+template <class V, class Key>
+DDPM_FAST_INLINE void philox(typename V::W (*counters)[4], const Key& key) {
   DDPM_FAST_UNROLL
   for (int round = 0; round < 10; ++round) {
-    typename V::W p0 = V::multiply(c[0], 0xD2511F53u), p1 = V::multiply(c[2], 0xCD9E8D57u);
-    c[0] = V::xor3(V::high(p1), c[1], k0);
-    c[1] = p1;
-    c[2] = V::xor3(V::high(p0), c[3], k1);
-    c[3] = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    DDPM_FAST_UNROLL
+    for (int part = 0; part < V::kParts; ++part) {
+      typename V::W* c = counters[part];
+      typename V::W p0 = V::multiply(c[0], 0xD2511F53u), p1 = V::multiply(c[2], 0xCD9E8D57u);
+      c[0] = V::xor3(V::high(p1), c[1], key.round_key(round, 0));
+      c[1] = p1;
+      c[2] = V::xor3(V::high(p0), c[3], key.round_key(round, 1));
+      c[3] = p0;
+    }
   }
 }
 
@@ -90,8 +98,9 @@ DDPM_FAST_INLINE void cos_sin(typename V::U word, typename V::F& cos, typename V
 }
 
 // The 4 * kLanes normals of the counters from `counter` on, in the order of the elements.
-template <class V>
-DDPM_FAST_INLINE void normals(const NoiseKey& key, uint32_t counter, typename V::F z[4]) {
+// `Key`: NoiseKey, or what has its members.
+template <class V, class Key>
+DDPM_FAST_INLINE void normals(const Key& key, uint32_t counter, typename V::F z[4]) {
   typename V::W words[V::kParts][4];
   DDPM_FAST_UNROLL
   for (int part = 0; part < V::kParts; ++part) {
@@ -99,8 +108,8 @@ DDPM_FAST_INLINE void normals(const NoiseKey& key, uint32_t counter, typename V:
     words[part][1] = V::set_w(key.c1);
     words[part][2] = V::set_w(key.c2);
     words[part][3] = V::set_w(key.c3);
-    philox<V>(words[part], key.k0, key.k1);
   }
+  philox<V>(words, key);
   DDPM_FAST_UNROLL
   for (int pair = 0; pair < 4; pair += 2) {
     typename V::F r = radius<V>(V::join(words, pair)), cos, sin;

@@ -6,27 +6,18 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "require.h"
 
 namespace ddpm_fast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// STD_TORCH_CHECK would put the source file's path into the message.
-template <class... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream message;
-  message << "ddpm_fast: ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
 
 inline const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
@@ -124,28 +115,40 @@ inline std::optional<Layout> layout_of(const Tensor& t) {
 // `t` itself, or a contiguous copy if the kernels cannot walk it; never for a tensor written to.
 inline Tensor walkable(const Tensor& t) { return layout_of(t) ? t : torch::stable::contiguous(t); }
 
+inline Bytes bytes_of(const Tensor& t) {
+  const auto first = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  if (t.numel() == 0) return {first, first};
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  return {first, first + static_cast<uintptr_t>(last + 1) * t.element_size()};
+}
+
 inline void require_disjoint(const char* name_a, const Tensor& a, const char* name_b,
                              const Tensor& b) {
-  auto range = [](const Tensor& t) {
-    const auto first = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-    int64_t last = 0;
-    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-    return std::pair{first, first + static_cast<uintptr_t>(last + 1) * t.element_size()};
-  };
-  if (a.numel() == 0 || b.numel() == 0) return;
-  const auto [a0, a1] = range(a);
-  const auto [b0, b1] = range(b);
-  require(a1 <= b0 || b1 <= a0, name_a, " is written while ", name_b,
-          " is read, so they must not share memory; pass a clone.");
+  require_disjoint(name_a, bytes_of(a), name_b, bytes_of(b));
+}
+
+// Whether no two elements share an address: from the narrowest stride on, each dimension clears
+// what the ones before it span.
+inline bool is_distinct(const Shape& shape, const Layout& layout) {
+  std::array<std::pair<int64_t, int64_t>, 3> dimensions{{{layout.sample, shape.samples},
+                                                         {layout.channel, shape.channels},
+                                                         {layout.pixel, shape.pixels}}};
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t span = 1;
+  for (const auto& [stride, size] : dimensions) {
+    if (size <= 1) continue;
+    if (stride < span) return false;
+    span += stride * (size - 1);
+  }
+  return true;
 }
 
 // A tensor that is written: every element at its own address, in an order the kernels can walk.
 inline Layout writable(const char* name, const Tensor& t) {
   const std::optional<Layout> layout = layout_of(t);
-  bool distinct = layout.has_value();
-  for (int64_t i = 0; i < t.dim(); ++i) distinct &= t.size(i) <= 1 || t.stride(i) > 0;
-  require(distinct, name, " is written in place, so it must be contiguous or channels_last; ",
-          "pass a contiguous copy or use the form that returns a new tensor.");
+  require(layout && is_distinct(Shape(t), *layout), name,
+          " is written, so it must be contiguous or channels_last; pass a tensor that is.");
   return *layout;
 }
 

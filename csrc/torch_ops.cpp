@@ -8,11 +8,13 @@ namespace ddpm_fast {
 Tensor p_sample_step(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor index, Tensor row,
                      Tensor seed, Tensor sample_index, std::optional<Tensor> noise,
                      std::optional<Tensor> guidance_scale,
-                     std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status);
+                     std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status,
+                     std::optional<Tensor> next_input);
 void p_sample_step_(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor index, Tensor row,
                     Tensor seed, Tensor sample_index, std::optional<Tensor> noise,
                     std::optional<Tensor> guidance_scale,
-                    std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status);
+                    std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status,
+                    std::optional<Tensor> next_input);
 
 namespace {
 
@@ -22,10 +24,7 @@ Tensor randn(Tensor seed, Tensor sample_index, std::vector<int64_t> shape, int64
   const int64_t samples = seed.size(0);
   seed = per_sample("seed", seed, samples, seed);
   sample_index = per_sample("sample_index", sample_index, samples, seed);
-  require(step >= 0 && step < kMaxStep, "step must be between 0 and 2^20 - 1, but it is ", step,
-          ".");
-  require(stream >= 0 && stream < kMaxStream, "stream must be between 0 and 2^12 - 1, but it is ",
-          stream, ".");
+  require_noise(step, stream);
   std::vector<int64_t> sizes{samples};
   for (int64_t size : shape) {
     require(size >= 0, "shape must have no negative size, but it has ", size, ".");
@@ -67,10 +66,7 @@ void run_q_sample(const QSampleArgs& args, const Tensor& x_t) {
     launch(x_t, [&](void* s) { return cuda_q_sample(args, s); });
     return;
   }
-  for (int64_t n = 0; n < args.samples; ++n) {
-    require(args.timesteps[n] >= 0 && args.timesteps[n] < args.table_rows, "timesteps[", n, "] is ",
-            args.timesteps[n], ", but the table has the rows 0 to ", args.table_rows - 1, ".");
-  }
+  require_timesteps(args);
   const CpuKernels& kernels = cpu_kernels();
   over_chunks(args.samples, args.channels * args.pixels,
               [&](int64_t begin, int64_t end) { kernels.q_sample(args, begin, end); });
@@ -129,9 +125,11 @@ STABLE_TORCH_LIBRARY(ddpm_fast, m) {
       "q_sample(Tensor x_start, Tensor coefficients, Tensor timesteps, Tensor seed, "
       "Tensor sample_index, Tensor? noise=None) -> (Tensor, Tensor)");
   m.def("p_sample_step(Tensor x_t, " DDPM_FAST_STEP_ARGUMENTS
-        "Tensor(a!)? previous_pred_xstart=None, Tensor(b!)? status=None) -> Tensor");
+        "Tensor(a!)? previous_pred_xstart=None, Tensor(b!)? status=None, "
+        "Tensor(c!)? next_input=None) -> Tensor");
   m.def("p_sample_step_(Tensor(a!) x_t, " DDPM_FAST_STEP_ARGUMENTS
-        "Tensor(b!)? previous_pred_xstart=None, Tensor(c!)? status=None) -> ()");
+        "Tensor(b!)? previous_pred_xstart=None, Tensor(c!)? status=None, "
+        "Tensor(d!)? next_input=None) -> ()");
 }
 
 void implement(torch::stable::detail::StableLibrary& m) {

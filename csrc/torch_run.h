@@ -6,7 +6,6 @@
 namespace ddpm_fast {
 
 inline constexpr int64_t kGrain = 4;  // chunks that are worth a thread
-inline constexpr int64_t kMaxStep = int64_t{1} << 20, kMaxStream = int64_t{1} << 12;
 
 template <class T>
 const T* read(const Tensor& t) {
@@ -45,11 +44,6 @@ void launch(const Tensor& t, const Body& body) {
   (void)stream;
   (void)body;
 #endif
-}
-
-inline void require_elements(int64_t elements) {
-  require(elements <= kMaxElements, "a sample may have 2^34 elements, but this one has ", elements,
-          ".");
 }
 
 }  // namespace ddpm_fast

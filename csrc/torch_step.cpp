@@ -9,10 +9,10 @@ namespace {
 // The optional tensors of a step, and what is checked about all arguments but x_t's output.
 struct StepInputs {
   Tensor x_t, model_output, coefficients, index, row, seed, sample_index;
-  std::optional<Tensor> noise, guidance_scale, previous, status;
+  std::optional<Tensor> noise, guidance_scale, previous, status, next_input;
 };
 
-DType model_dtype(const Tensor& t) {
+DType network_dtype(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -23,7 +23,7 @@ DType model_dtype(const Tensor& t) {
     default:
       break;
   }
-  require(false, "model_output must be float32, bfloat16 or float16, but it is ",
+  require(false, name, " must be float32, bfloat16 or float16, but it is ",
           dtype_name(t.scalar_type()), ".");
   return DType::kFloat32;
 }
@@ -70,26 +70,25 @@ void check_optional(const StepInputs& in) {
   }
 }
 
-// On a CPU what is wrong with a row is said at once.
-void check_rows(const StepArgs& args, bool has_previous) {
-  for (int64_t n = 0; n < args.samples; ++n) {
-    const int64_t row = args.row[n];
-    require(row >= 0 && row < args.table_rows, "row[", n, "] is ", row,
-            ", but the table has the rows 0 to ", args.table_rows - 1, ".");
-    const int32_t* index = args.index + row * kIndexColumns;
-    require(index[1] >= 0 && index[1] < kMaxStep, "the noise step of row ", row, " is ", index[1],
-            ", but it must be between 0 and 2^20 - 1.");
-    require((index[2] & kLearnedVariance) == 0 || args.model_channels == 2 * args.channels, "row ",
-            row, " takes the variance from the model, but model_output has ", args.model_channels,
-            " channels instead of ", 2 * args.channels, ".");
-    const bool multistep = args.coefficients[row * kCoefficients + 4] != 0.0f;
-    require(!multistep || has_previous, "row ", row,
-            " uses the previous pred_xstart; pass previous_pred_xstart.");
-  }
+// x_t's shape, under guidance with twice the samples.
+void check_next_input(const StepInputs& in) {
+  if (!in.next_input) return;
+  const Tensor &x = in.x_t, &next = *in.next_input;
+  require_device("next_input", next, x);
+  bool same = next.dim() == x.dim() && next.size(0) == x.size(0) * (in.guidance_scale ? 2 : 1);
+  for (int64_t i = 1; same && i < x.dim(); ++i) same = next.size(i) == x.size(i);
+  require(same, "next_input must have the shape of x_t, ", shape_text(x),
+          in.guidance_scale ? ", with twice the samples (conditional, then unconditional)" : "",
+          ", but it is ", shape_text(next), ".");
+  require_disjoint("next_input", next, "x_t", x);
+  require_disjoint("next_input", next, "model_output", in.model_output);
+  if (in.noise) require_disjoint("next_input", next, "noise", *in.noise);
+  if (in.previous) require_disjoint("next_input", next, "previous_pred_xstart", *in.previous);
 }
 
+// On a CPU what is wrong with a row is said at once.
 void run_on_cpu(const StepArgs& args, bool has_previous) {
-  check_rows(args, has_previous);
+  require_rows(args, has_previous);
   const CpuKernels& kernels = cpu_kernels();
   std::atomic<int64_t> first_bad{args.samples};
   over_chunks(args.samples, args.channels * args.pixels, [&](int64_t begin, int64_t end) {
@@ -113,7 +112,7 @@ void run(StepInputs in, const Tensor* out) {
   const Shape shape(in.x_t);
   require_elements(shape.elements());
   require_device("model_output", in.model_output, in.x_t);
-  const DType dtype = model_dtype(in.model_output);
+  const DType dtype = network_dtype("model_output", in.model_output);
   const int32_t channels = model_channels(in, shape);
   in.coefficients =
       table("coefficients", in.coefficients, ScalarType::Float, kCoefficients, in.x_t);
@@ -124,6 +123,7 @@ void run(StepInputs in, const Tensor* out) {
   in.seed = per_sample("seed", in.seed, shape.samples, in.x_t);
   in.sample_index = per_sample("sample_index", in.sample_index, shape.samples, in.x_t);
   check_optional(in);
+  check_next_input(in);
   if (out == nullptr) {
     require_disjoint("x_t", in.x_t, "model_output", in.model_output);
     if (in.noise) require_disjoint("x_t", in.x_t, "noise", *in.noise);
@@ -159,6 +159,11 @@ void run(StepInputs in, const Tensor* out) {
   args.table_rows = in.coefficients.size(0);
   args.model_dtype = dtype;
   args.model_channels = channels;
+  if (in.next_input) {
+    args.next_input = in.next_input->mutable_data_ptr();
+    args.next_layout = writable("next_input", *in.next_input);
+    args.next_dtype = network_dtype("next_input", *in.next_input);
+  }
   if (target.is_cpu()) {
     run_on_cpu(args, in.previous.has_value());
   } else {
@@ -171,11 +176,12 @@ void run(StepInputs in, const Tensor* out) {
 Tensor p_sample_step(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor index, Tensor row,
                      Tensor seed, Tensor sample_index, std::optional<Tensor> noise,
                      std::optional<Tensor> guidance_scale,
-                     std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status) {
+                     std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status,
+                     std::optional<Tensor> next_input) {
   Tensor out = torch::stable::empty_like(x_t);
   if (!layout_of(out)) out = torch::stable::empty_like(torch::stable::contiguous(x_t));
   run({x_t, model_output, coefficients, index, row, seed, sample_index, noise, guidance_scale,
-       previous_pred_xstart, status},
+       previous_pred_xstart, status, next_input},
       &out);
   return out;
 }
@@ -183,9 +189,10 @@ Tensor p_sample_step(Tensor x_t, Tensor model_output, Tensor coefficients, Tenso
 void p_sample_step_(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor index, Tensor row,
                     Tensor seed, Tensor sample_index, std::optional<Tensor> noise,
                     std::optional<Tensor> guidance_scale,
-                    std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status) {
+                    std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status,
+                    std::optional<Tensor> next_input) {
   run({x_t, model_output, coefficients, index, row, seed, sample_index, noise, guidance_scale,
-       previous_pred_xstart, status},
+       previous_pred_xstart, status, next_input},
       nullptr);
 }
 

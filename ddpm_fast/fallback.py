@@ -74,6 +74,17 @@ def _draw(
     return normals
 
 
+def _check_next_input(next_input: Tensor | None, x_t: Tensor, copies: int) -> None:
+    if next_input is None:
+        return
+    wanted = (copies * x_t.shape[0], *x_t.shape[1:])
+    if next_input.shape != wanted or not next_input.is_floating_point():
+        raise ValueError(
+            f"next_input must be float32, bfloat16 or float16 of shape {wanted}, but it is"
+            f" {next_input.dtype} of shape {tuple(next_input.shape)}."
+        )
+
+
 def p_sample_step(
     x_t: Tensor,
     model_output: Tensor,
@@ -86,6 +97,7 @@ def p_sample_step(
     guidance_scale: Tensor | None,
     previous_pred_xstart: Tensor | None,
     status: Tensor | None,
+    next_input: Tensor | None = None,
 ) -> Tensor:
     from . import reference
 
@@ -94,6 +106,8 @@ def p_sample_step(
             f"row must be between 0 and {len(coefficients) - 1}, the table's rows, but it is"
             f" {row.tolist()}."
         )
+    copies = 1 if guidance_scale is None else 2
+    _check_next_input(next_input, x_t, copies)
     noisy = bool(((coefficients[row, 6] != 0) | (index[row, 2] & 1 != 0)).any())
     if noise is None and noisy:
         noise = _draw(index, row, seed, sample_index, x_t.shape[1:])
@@ -103,6 +117,8 @@ def p_sample_step(
     )
     if previous_pred_xstart is not None:
         previous_pred_xstart.copy_(pred_xstart)
+    if next_input is not None:
+        next_input.copy_(torch.cat([x_prev] * copies))
     if status is not None and int(status[0]) == 0:
         bad = ~torch.isfinite(x_prev).flatten(1).all(1)
         if bad.any():

@@ -34,6 +34,15 @@ class Loop:
         self.guidance = torch.ones(1, device=device) if sampler.guided else None
         copies = 2 if sampler.guided else 1
         self.labels = torch.zeros(copies * batch_size, dtype=torch.int64, device=device)
+        # What the network is given: the step leaves its result here too, in the network's dtype.
+        order = memory_format(device, sampler.dtype, self.x.ndim)
+        self.input = torch.empty(
+            copies * batch_size,
+            *sampler.sample_shape,
+            dtype=sampler.dtype,
+            device=device,
+            memory_format=order,
+        )
         self.conditions = {"class_labels": self.labels} if conditional else {}
 
     def start(
@@ -64,6 +73,7 @@ class Loop:
             self.x.copy_(self._noised(self.x, sampler.plan.start))
         else:
             self.x.copy_(self._draw(noise.SAMPLING))
+        self.input.copy_(self.x if self.guidance is None else torch.cat((self.x, self.x)))
 
     def _draw(self, stream: int) -> Tensor:
         shape, backend = list(self.sampler.sample_shape), self.sampler.backend
@@ -79,11 +89,9 @@ class Loop:
     def step(self) -> None:
         """One row of the plan for the whole batch."""
         sampler = self.sampler
-        x = self.x if self.guidance is None else torch.cat((self.x, self.x))
         t = sampler.timesteps.index_select(0, self.row)
         t = t if self.guidance is None else torch.cat((t, t))
-        order = memory_format(x.device, sampler.dtype, x.ndim)
-        output = sampler.network(x.to(sampler.dtype, memory_format=order), t, **self.conditions)
+        output = sampler.network(self.input, t, **self.conditions)
         ops.p_sample_step_(
             self.x,
             output,
@@ -95,6 +103,7 @@ class Loop:
             guidance_scale=self.guidance,
             previous_pred_xstart=self.previous_pred_xstart,
             status=self.status,
+            next_input=self.input,
             backend=sampler.backend,
         )
         self.row.add_(1)

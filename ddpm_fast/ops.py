@@ -92,6 +92,7 @@ def p_sample_step(
     guidance_scale: Tensor | None = None,
     previous_pred_xstart: Tensor | None = None,
     status: Tensor | None = None,
+    next_input: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -110,12 +111,15 @@ def p_sample_step(
     previous_pred_xstart: float32 like x_t, read where c2 is not 0, then overwritten by pred_xstart.
     status: int32 (4,): code (1: a row that cannot be used, on CUDA; 2: a value that is not finite),
     row, position in the batch; the first report stays.
+    next_input: (N, C, ...), float32, bfloat16 or float16, contiguous or channels_last: x_prev is
+    written there too, rounded to its dtype, as what the network is given next; with guidance_scale
+    it has 2 N rows, and both halves are written.
     Raises RuntimeError or ValueError where an argument is not so (no gradients, no shared memory
     between what is read and written), and BackendError where `backend` is not available.
     """
     _refuse_grad(x_t, model_output, noise, previous_pred_xstart)
     arguments = (x_t, model_output, coefficients, index, row, seed, sample_index, noise)
-    arguments += (guidance_scale, previous_pred_xstart, status)
+    arguments += (guidance_scale, previous_pred_xstart, status, next_input)
     if resolve_backend(x_t.device, backend)[0] == "reference":
         return fallback.p_sample_step(*arguments)
     return torch.ops.ddpm_fast.p_sample_step.default(*arguments)
@@ -133,17 +137,28 @@ def p_sample_step_(
     guidance_scale: Tensor | None = None,
     previous_pred_xstart: Tensor | None = None,
     status: Tensor | None = None,
+    next_input: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
     """`p_sample_step` in place: x_t becomes x_prev, and is returned. x_t must be dense."""
     _refuse_grad(x_t, model_output, noise, previous_pred_xstart)
     arguments = (x_t, model_output, coefficients, index, row, seed, sample_index, noise)
-    arguments += (guidance_scale, previous_pred_xstart, status)
+    arguments += (guidance_scale, previous_pred_xstart, status, next_input)
     if resolve_backend(x_t.device, backend)[0] == "reference":
         return x_t.copy_(fallback.p_sample_step(*arguments))
     torch.ops.ddpm_fast.p_sample_step_.default(*arguments)
     return x_t
+
+
+def _require_one_device(*tensors: Tensor | None) -> None:
+    """What torch asks of the fake implementations, because one of the tensors is on "meta"."""
+    devices = sorted({str(t.device) for t in tensors if t is not None})
+    if len(devices) > 1:
+        raise RuntimeError(
+            f"ddpm_fast: all tensors must be on one device, but they are on"
+            f" {' and '.join(devices)}; move them with .to()."
+        )
 
 
 def _register() -> None:
@@ -151,20 +166,23 @@ def _register() -> None:
 
     @torch.library.register_fake("ddpm_fast::randn")
     def _(seed, sample_index, shape, step, stream):
+        _require_one_device(seed, sample_index)
         return seed.new_empty((seed.shape[0], *shape), dtype=torch.float32)
 
     @torch.library.register_fake("ddpm_fast::q_sample")
     def _(x_start, coefficients, timesteps, seed, sample_index, noise=None):
+        _require_one_device(x_start, coefficients, timesteps, seed, sample_index, noise)
         drawn = torch.empty_like(x_start) if noise is None else x_start.new_empty((0,))
         return torch.empty_like(x_start), drawn
 
     @torch.library.register_fake("ddpm_fast::p_sample_step")
     def _(x_t, *args, **kwargs):
+        _require_one_device(x_t, *args, *kwargs.values())
         return torch.empty_like(x_t)
 
     @torch.library.register_fake("ddpm_fast::p_sample_step_")
     def _(x_t, *args, **kwargs):
-        return None
+        _require_one_device(x_t, *args, *kwargs.values())
 
     def setup_context(ctx, inputs, output):
         _, coefficients, timesteps, *_ = inputs

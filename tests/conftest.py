@@ -21,6 +21,17 @@ def pytest_sessionstart(session):
         pytest.exit(f"the compiled extension is missing: {backend.extension_error}", returncode=1)
 
 
+@pytest.fixture
+def extension():
+    """The compiled extension; its CPU level and torch's threads are put back afterwards."""
+    if backend.extension is None:
+        pytest.skip(f"the compiled extension is missing: {backend.extension_error}")
+    before, threads = backend.extension.cpu_level(), torch.get_num_threads()
+    yield backend.extension
+    backend.extension._set_cpu_level(before)
+    torch.set_num_threads(threads)
+
+
 TINY = {
     "in_channels": 1,
     "sample_size": (8, 8),

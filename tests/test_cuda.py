@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from test_ops import DTYPES, SHAPES, case, fresh, same_bits
+from step_cases import DTYPES, SHAPES, case, fresh, same_bits
 
 from ddpm_fast import backend, noise, ops
 from ddpm_fast.sampler import Sampler

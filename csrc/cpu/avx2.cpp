@@ -12,7 +12,7 @@ struct Avx2 {
     __m256i v;
   };
   using W = __m256i;
-  static constexpr int kLanes = 8, kParts = 2;
+  static constexpr int kLanes = 8, kParts = 2, kMaxStride = 1;
 
   static F set(float x) { return _mm256_set1_ps(x); }
   static U set_u(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
@@ -20,12 +20,48 @@ struct Avx2 {
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
 
+  // kLanes elements of any type; see conversions.h.
+  static F widen(__m128i x, BFloat16) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+  }
+  static F widen(__m128i x, Half) { return _mm256_cvtph_ps(x); }
+  static __m128i narrow(F x, BFloat16) {
+    const __m256i bits = _mm256_castps_si256(x), half = _mm256_srli_epi32(bits, 16);
+    const __m256i up =
+        _mm256_add_epi32(_mm256_and_si256(half, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7FFF));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, up), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(half, _mm256_set1_epi32(0x40));
+    const __m256i words = _mm256_blendv_epi8(rounded, quiet, nan);
+    const __m256i packed = _mm256_packus_epi32(words, words);  // within each 128-bit lane
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  }
+  static __m128i narrow(F x, Half) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+
+  template <int stride>
+  static F load(const float* p) {
+    return load(p);
+  }
+  template <int stride, class T>
+  static F load(const T* p) {
+    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
+  }
+  template <int stride>
+  static void store(float* p, F x) {
+    store(p, x);
+  }
+  template <int stride, class T>
+  static void store(T* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(x, T{}));
+  }
+
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F sqrt(F x) { return _mm256_sqrt_ps(x); }
-  static F max(F a, F b) { return _mm256_max_ps(a, b); }  // b where either is NaN
+  static F poison(F a, F x) { return fma(x, set(0.0f), a); }  // NaN where x is not finite
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }      // b where either is NaN
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
 
   static U bits(F x) { return {_mm256_castps_si256(x)}; }
@@ -56,7 +92,9 @@ struct Avx2 {
 
   static W multiply(W a, uint32_t b) { return _mm256_mul_epu32(a, set_w(b)); }
   static W high(W a) { return _mm256_srli_epi64(a, 32); }
-  static W xor3(W a, W b, uint32_t c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), set_w(c)); }
+  static W xor3(W a, W b, uint64_t c) {
+    return _mm256_xor_si256(_mm256_xor_si256(a, b), _mm256_set1_epi64x(static_cast<int64_t>(c)));
+  }
   // Lane 4 j + m takes counter 2 m + j, so that `interleave` need not cross 128-bit lanes.
   static W counters(uint32_t first, int part) {
     W offsets = part ? _mm256_setr_epi64x(2, 6, 3, 7) : _mm256_setr_epi64x(0, 4, 1, 5);
@@ -74,8 +112,6 @@ struct Avx2 {
     z[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(pairs(high01), pairs(high23)));
     z[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(pairs(high01), pairs(high23)));
   }
-
-  static float from_half(uint16_t h) { return _cvtsh_ss(h); }
 };
 
 }  // namespace

@@ -8,19 +8,28 @@ struct Scalar {
   using F = float;
   using U = uint32_t;
   using W = uint64_t;
-  static constexpr int kLanes = 1, kParts = 1;
+  static constexpr int kLanes = 1, kParts = 1, kMaxStride = 1;
 
   static F set(float x) { return x; }
   static U set_u(uint32_t x) { return x; }
   static W set_w(uint32_t x) { return x; }
   static F load(const float* p) { return *p; }
   static void store(float* p, F x) { *p = x; }
+  template <int stride, class T>  // and kLanes elements of any type, `stride` apart
+  static F load(const T* p) {
+    return to_float(*p);
+  }
+  template <int stride, class T>
+  static void store(T* p, F x) {
+    from_float(x, p);
+  }
 
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
   static F sqrt(F x) { return __builtin_sqrtf(x); }
-  static F max(F a, F b) { return a > b ? a : b; }  // b where either is NaN, as in SSE
+  static F poison(F a, F x) { return a + x * 0.0f; }  // NaN where x is not finite
+  static F max(F a, F b) { return a > b ? a : b; }    // b where either is NaN, as in SSE
   static F min(F a, F b) { return a < b ? a : b; }
 
   // The product is exact in double; the sum, rounded to odd there, sees on which side of a tie
@@ -71,17 +80,10 @@ struct Scalar {
 
   static W multiply(W a, uint32_t b) { return (a & 0xFFFFFFFFu) * b; }
   static W high(W a) { return a >> 32; }
-  static W xor3(W a, W b, uint32_t c) { return a ^ b ^ c; }
+  static W xor3(W a, W b, W c) { return a ^ b ^ c; }
   static W counters(uint32_t first, int) { return first; }
   static U join(W (*words)[4], int i) { return static_cast<U>(words[0][i]); }
   static void interleave(F*) {}
-
-  static float from_half(uint16_t h) {
-    uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, magnitude = h & 0x7FFFu;
-    if (magnitude >= 0x7C00u) return from_bits(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
-    // 2^112 moves the exponent's bias from 15 to 127, also for subnormals.
-    return from_bits(sign | bits(from_bits(magnitude << 13) * 0x1p112f));
-  }
 };
 
 }  // namespace

@@ -1,30 +1,17 @@
 // The CPU kernels of one instruction set, written once over V (see ../numerics.h).
 #pragma once
 
+#include "noise_loop.h"
 #include "step_loop.h"
-#include "tiles.h"
 
 namespace ddpm_fast {
 namespace {
 
 template <class V>
-void fill_normals(const NoiseKey& key, int64_t first, int64_t count, float* out) {
-  constexpr int kBlock = 4 * V::kLanes;
-  typename V::F z[4];
-  for (int64_t i = 0; i < count; i += kBlock) {
-    float tail[kBlock];
-    float* to = count - i < kBlock ? tail : out + i;
-    normals<V>(key, static_cast<uint32_t>((first + i) / 4), z);
-    for (int k = 0; k < 4; ++k) V::store(to + k * V::kLanes, z[k]);
-    if (to == tail) copy(tail, count - i, out + i);
-  }
-}
-
-template <class V>
 void randn(const RandnArgs& args, int64_t begin, int64_t end) {
   each_tile(begin, end, args.elements, args.elements, [&](const Run& run) {
-    NoiseKey key =
-        noise_key(args.seed[run.sample], args.sample_index[run.sample], args.step, args.stream);
+    const RoundKeys key(
+        noise_key(args.seed[run.sample], args.sample_index[run.sample], args.step, args.stream));
     fill_normals<V>(key, run.first, run.count, args.out + run.sample * args.elements + run.first);
   });
 }
@@ -38,15 +25,16 @@ void q_sample(const QSampleArgs& args, int64_t begin, int64_t end) {
     float* out = place(run, args.x_t, args.layout, out_buffer);
     if (noise == nullptr) {
       float* drawn = place(run, args.noise_out, args.layout, noise_buffer);
-      NoiseKey key =
-          noise_key(args.seed[run.sample], args.sample_index[run.sample], 0, args.stream);
+      const RoundKeys key(
+          noise_key(args.seed[run.sample], args.sample_index[run.sample], 0, args.stream));
       fill_normals<V>(key, run.first, run.count, drawn);
-      put_back(run, drawn, args.layout, args.noise_out);
+      put_back<V>(run, drawn, args.layout, args.noise_out);
       noise = drawn;
     }
     const float* c = args.coefficients + 2 * args.timesteps[run.sample];
-    for (int64_t i = 0; i < run.count; ++i) out[i] = c[0] * x[i] + c[1] * noise[i];
-    put_back(run, out, args.layout, args.x_t);
+    const float c0 = c[0], c1 = c[1];
+    for (int64_t i = 0; i < run.count; ++i) out[i] = c0 * x[i] + c1 * noise[i];
+    put_back<V>(run, out, args.layout, args.x_t);
   });
 }
 

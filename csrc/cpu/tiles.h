@@ -5,34 +5,12 @@
 #pragma once
 
 #include "../kernels.h"
+#include "conversions.h"
 
 namespace ddpm_fast {
 namespace {
 
 constexpr int kTile = 1024;  // elements; the buffers of a step then fit the first-level cache
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-template <class V>
-inline float to_float(float x) {
-  return x;
-}
-template <class V>
-inline float to_float(BFloat16 x) {
-  uint32_t word = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  __builtin_memcpy(&value, &word, sizeof value);
-  return value;
-}
-template <class V>
-inline float to_float(Half x) {
-  return V::from_half(x.bits);
-}
 
 // A run of elements [first, first + count) of one sample of `pixels` a channel.
 struct Run {
@@ -41,9 +19,11 @@ struct Run {
   bool linear(const Layout& layout) const { return layout.pixel == 1 && layout.channel == pixels; }
   int64_t offset(const Layout& layout) const { return sample * layout.sample; }
 
-  // Calls body(offset of the first, stride, position in the run, count) for each channel.
+  // Calls body(offset of the first, stride, position in the run, count) for each channel, or once
+  // where the whole run lies in order.
   template <class Body>
   void each_channel(const Layout& layout, Body body) const {
+    if (linear(layout)) return body(offset(layout) + first, 1, 0, count);
     int64_t channel = first / pixels, pixel = first % pixels;
     for (int64_t done = 0; done < count; ++channel, pixel = 0) {
       int64_t n = pixels - pixel < count - done ? pixels - pixel : count - done;
@@ -53,22 +33,69 @@ struct Run {
   }
 };
 
+template <class V, int stride, class T>
+int64_t load_vectors(const T* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + V::kLanes <= n; i += V::kLanes) {
+    V::store(to + i, V::template load<stride>(from + i * stride));
+  }
+  return i;
+}
+
+template <class V, int stride, class T>
+int64_t store_vectors(const float* from, int64_t n, T* to) {
+  int64_t i = 0;
+  for (; i + V::kLanes <= n; i += V::kLanes) {
+    V::template store<stride>(to + i * stride, V::load(from + i));
+  }
+  return i;
+}
+
+// Calls body.operator()<stride>() where V has vectors of that stride, and returns what it returns:
+// how many elements are done.
+template <class V, class Body>
+int64_t at_stride(int64_t stride, Body body) {
+  if (stride == 1) return body.template operator()<1>();
+  if constexpr (V::kMaxStride >= 4) {
+    if (stride == 2) return body.template operator()<2>();
+    if (stride == 3) return body.template operator()<3>();
+    if (stride == 4) return body.template operator()<4>();
+  }
+  return 0;
+}
+
 template <class V, class T>
 void gather(const Run& run, const T* from, const Layout& layout, float* to) {
   run.each_channel(layout, [&](int64_t offset, int64_t stride, int64_t done, int64_t n) {
     const T* source = from + offset;
-    if (stride == 1) {
-      for (int64_t i = 0; i < n; ++i) to[done + i] = to_float<V>(source[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) to[done + i] = to_float<V>(source[i * stride]);
-    }
+    int64_t i =
+        at_stride<V>(stride, [&]<int s>() { return load_vectors<V, s>(source, n, to + done); });
+    for (; i < n; ++i) to[done + i] = to_float(source[i * stride]);
   });
 }
 
-inline void scatter(const Run& run, const float* from, const Layout& layout, float* to) {
+template <class V, class T>
+void scatter(const Run& run, const float* from, const Layout& layout, T* to) {
   run.each_channel(layout, [&](int64_t offset, int64_t stride, int64_t done, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) to[offset + i * stride] = from[done + i];
+    T* target = to + offset;
+    int64_t i =
+        at_stride<V>(stride, [&]<int s>() { return store_vectors<V, s>(from + done, n, target); });
+    for (; i < n; ++i) from_float(from[done + i], target + i * stride);
   });
+}
+
+// Calls body with the pointer in its own type.
+template <class Body>
+void as_typed(const void* p, DType dtype, Body body) {
+  if (dtype == DType::kFloat32) body(static_cast<const float*>(p));
+  if (dtype == DType::kBFloat16) body(static_cast<const BFloat16*>(p));
+  if (dtype == DType::kFloat16) body(static_cast<const Half*>(p));
+}
+template <class Body>
+void as_typed(void* p, DType dtype, Body body) {
+  if (dtype == DType::kFloat32) body(static_cast<float*>(p));
+  if (dtype == DType::kBFloat16) body(static_cast<BFloat16*>(p));
+  if (dtype == DType::kFloat16) body(static_cast<Half*>(p));
 }
 
 // The run's elements as float32 in logical order: where they lie, or a copy in `buffer`.
@@ -80,20 +107,11 @@ const float* fetch(const Run& run, const float* from, const Layout& layout, floa
   return buffer;
 }
 
-template <class V>
-const float* fetch(const Run& run, const void* from, DType dtype, const Layout& layout,
-                   int64_t skip, float* buffer) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return fetch<V>(run, static_cast<const float*>(from) + skip, layout, buffer);
-    case DType::kBFloat16:
-      gather<V>(run, static_cast<const BFloat16*>(from) + skip, layout, buffer);
-      return buffer;
-    case DType::kFloat16:
-      gather<V>(run, static_cast<const Half*>(from) + skip, layout, buffer);
-      return buffer;
-  }
-  return nullptr;
+// Of any type: only float32 can be read where it lies.
+template <class V, class T>
+const float* fetch(const Run& run, const T* from, const Layout& layout, float* buffer) {
+  gather<V>(run, from, layout, buffer);
+  return buffer;
 }
 
 // Where a run's results go: in place, or in `buffer`, to be scattered when the run is done.
@@ -102,8 +120,9 @@ inline float* place(const Run& run, float* to, const Layout& layout, float* buff
   return run.linear(layout) ? to + run.offset(layout) + run.first : buffer;
 }
 
-inline void put_back(const Run& run, const float* from, const Layout& layout, float* to) {
-  if (to != nullptr && !run.linear(layout)) scatter(run, from, layout, to);
+template <class V>
+void put_back(const Run& run, const float* from, const Layout& layout, float* to) {
+  if (to != nullptr && !run.linear(layout)) scatter<V>(run, from, layout, to);
 }
 
 inline void copy(const float* from, int64_t n, float* to) {

@@ -1,0 +1,72 @@
+// What is refused in a sentence, and the checks that need the kernels' arguments alone: whoever
+// calls the kernels on a CPU shares them.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace ddpm_fast {
+
+inline constexpr int64_t kMaxStep = int64_t{1} << 20, kMaxStream = int64_t{1} << 12;
+
+// Torch's own check would put the source file's path into the message.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  message << "ddpm_fast: ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// [first, last) of the bytes that a and b reach.
+struct Bytes {
+  uintptr_t first, last;
+};
+
+inline void require_disjoint(const char* name_a, Bytes a, const char* name_b, Bytes b) {
+  const bool empty = a.first == a.last || b.first == b.last;
+  require(empty || a.last <= b.first || b.last <= a.first, name_a, " is written while ", name_b,
+          " is read, so they must not share memory; pass a clone.");
+}
+
+inline void require_elements(int64_t elements) {
+  require(elements <= kMaxElements, "a sample may have 2^34 elements, but this one has ", elements,
+          ".");
+}
+
+inline void require_noise(int64_t step, int64_t stream) {
+  require(step >= 0 && step < kMaxStep, "step must be between 0 and 2^20 - 1, but it is ", step,
+          ".");
+  require(stream >= 0 && stream < kMaxStream, "stream must be between 0 and 2^12 - 1, but it is ",
+          stream, ".");
+}
+
+inline void require_timesteps(const QSampleArgs& args) {
+  for (int64_t n = 0; n < args.samples; ++n) {
+    require(args.timesteps[n] >= 0 && args.timesteps[n] < args.table_rows, "timesteps[", n, "] is ",
+            args.timesteps[n], ", but the table has the rows 0 to ", args.table_rows - 1, ".");
+  }
+}
+
+// `has_previous`: the pointer to an empty tensor may be null.
+inline void require_rows(const StepArgs& args, bool has_previous) {
+  for (int64_t n = 0; n < args.samples; ++n) {
+    const int64_t row = args.row[n];
+    require(row >= 0 && row < args.table_rows, "row[", n, "] is ", row,
+            ", but the table has the rows 0 to ", args.table_rows - 1, ".");
+    const int32_t* index = args.index + row * kIndexColumns;
+    require(index[1] >= 0 && index[1] < kMaxStep, "the noise step of row ", row, " is ", index[1],
+            ", but it must be between 0 and 2^20 - 1.");
+    require((index[2] & kLearnedVariance) == 0 || args.model_channels == 2 * args.channels, "row ",
+            row, " takes the variance from the model, but model_output has ", args.model_channels,
+            " channels instead of ", 2 * args.channels, ".");
+    const bool multistep = args.coefficients[row * kCoefficients + 4] != 0.0f;
+    require(!multistep || has_previous, "row ", row,
+            " uses the previous pred_xstart; pass previous_pred_xstart.");
+  }
+}
+
+}  // namespace ddpm_fast

@@ -1,0 +1,284 @@
+// Fuzzes the CPU kernels over shapes, strides, offsets, types and ranges, and holds every level
+// that this CPU has against the baseline, bit for bit. Built by itself, with sanitizers:
+//   cmake -B build-fuzz -DDDPM_FAST_SANITIZE=address,undefined && cmake --build build-fuzz
+//   build-fuzz/kernels_fuzz [cases] [seed]
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../csrc/kernels.h"
+
+namespace {
+
+using namespace ddpm_fast;
+
+uint64_t state;
+
+uint64_t random_bits() {  // splitmix64
+  uint64_t z = (state += 0x9E3779B97F4A7C15u);
+  z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+  return z ^ z >> 31;
+}
+int64_t below(int64_t n) { return static_cast<int64_t>(random_bits() % n); }
+bool flip() { return below(2) == 0; }
+
+int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+struct Shape {
+  int64_t samples, channels, pixels;
+
+  int64_t elements() const { return channels * pixels; }
+};
+
+Shape random_shape() {
+  static const int64_t kPixels[] = {0, 1, 2, 15, 16, 63, 257, 1023, 1024, 1025, 1408, 4095, 4099};
+  return {below(4), 1 + below(5), flip() ? below(70) : kPixels[below(13)]};
+}
+
+// Memory of one tensor. Half of them end where the last element does, for the address sanitizer;
+// the others have a margin that must stay as it was, for what the sanitizer does not see (masked
+// vectors).
+struct Buffer {
+  DType dtype = DType::kFloat32;
+  Layout layout{};
+  int64_t offset = 0;
+  std::vector<char> first;         // what each level begins with
+  std::unique_ptr<char[]> memory;  // exactly as much
+
+  Buffer() = default;
+  Buffer(DType type, const Shape& shape) : dtype(type) {
+    const int64_t gap = flip() ? 0 : below(9), order = below(4), c = shape.channels;
+    layout.pixel = order == 0 ? c : order == 1 ? 1 + below(6) : 1;
+    layout.channel = order == 0 ? 1 : layout.pixel * shape.pixels + (order == 3 ? gap : 0);
+    layout.sample = (order == 0 ? c * shape.pixels : c * layout.channel) + gap;
+    int64_t extent = 0;
+    if (shape.samples * shape.elements() > 0) {
+      extent = (shape.samples - 1) * layout.sample + (c - 1) * layout.channel +
+               (shape.pixels - 1) * layout.pixel + 1;
+    }
+    const int64_t margin = flip() ? 0 : 64;
+    offset = margin + below(4);
+    first.resize((offset + extent + margin) * size_of(dtype));
+    for (size_t i = 0; i + size_of(dtype) <= first.size(); i += size_of(dtype)) fill(&first[i]);
+    reset();
+  }
+  // Numbers near 1 mostly; else any bits.
+  void fill(char* at) {
+    const bool any = below(64) == 0;
+    const uint32_t bits = static_cast<uint32_t>(random_bits());
+    uint32_t value = any ? bits : (bits & 0x807FFFFFu) | 0x3F000000u | (bits >> 8 & 0x00800000u);
+    if (dtype == DType::kBFloat16) value >>= 16;
+    if (dtype == DType::kFloat16) value = any ? bits : (bits & 0x8FFFu) | 0x3000u;
+    std::memcpy(at, &value, size_of(dtype));
+  }
+  void reset() {
+    memory.reset(new char[first.size()]);
+    std::copy(first.begin(), first.end(), memory.get());
+  }
+  template <class T = void>
+  T* data() {
+    return reinterpret_cast<T*>(memory.get() + offset * size_of(dtype));
+  }
+  std::string bytes() const { return {memory.get(), first.size()}; }
+};
+
+bool is_nan(const char* at, DType dtype) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, at, size_of(dtype));
+  if (dtype == DType::kBFloat16) bits <<= 16;
+  if (dtype == DType::kFloat16) return (bits & 0x7FFFu) > 0x7C00u;
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u;
+}
+
+// Equal bits; which NaN a sum of two NaNs is, is left to the compiler.
+bool equal(const std::string& a, const std::string& b, DType dtype) {
+  const size_t size = size_of(dtype);
+  for (size_t i = 0; i < a.size(); i += size) {
+    if (std::memcmp(&a[i], &b[i], size) == 0) continue;
+    if (!is_nan(&a[i], dtype) || !is_nan(&b[i], dtype)) return false;
+  }
+  return true;
+}
+
+int64_t chunk_count(const Shape& shape) { return shape.samples * chunks_of(shape.elements()); }
+
+// Runs `kernel(begin, end)` over all chunks in two ranges, at every level, and compares what is
+// then in `written` with the baseline's.
+void compare(const char* what, const Shape& shape, std::vector<Buffer*> written,
+             const std::function<int64_t(const CpuKernels&, int64_t, int64_t)>& kernel) {
+  const char* names[3];
+  const int levels = cpu_levels(names, true);
+  const int64_t chunks = chunk_count(shape), middle = below(chunks + 1);
+  std::vector<std::string> expected;
+  int64_t expected_bad = 0;
+  for (int level = 0; level < levels; ++level) {
+    set_cpu_level(names[level]);
+    for (Buffer* buffer : written) buffer->reset();
+    int64_t bad = kernel(cpu_kernels(), 0, middle), later = kernel(cpu_kernels(), middle, chunks);
+    if (bad < 0) bad = later;
+    if (level == 0) {
+      expected_bad = bad;
+      for (Buffer* buffer : written) expected.push_back(buffer->bytes());
+      continue;
+    }
+    for (size_t i = 0; i < written.size(); ++i) {
+      if (bad == expected_bad && equal(written[i]->bytes(), expected[i], written[i]->dtype)) {
+        continue;
+      }
+      std::printf("%s: %s differs from %s in output %zu, shape (%ld, %ld, %ld)\n", what,
+                  names[level], names[0], i, static_cast<long>(shape.samples),
+                  static_cast<long>(shape.channels), static_cast<long>(shape.pixels));
+      std::exit(1);
+    }
+  }
+}
+
+std::vector<int64_t> random_indices(int64_t n, bool small) {
+  std::vector<int64_t> values(n);
+  for (int64_t& value : values) value = small ? below(3) : static_cast<int64_t>(random_bits());
+  return values;
+}
+
+void fuzz_randn() {
+  const Shape shape = random_shape();
+  const auto seed = random_indices(shape.samples, false), index = random_indices(shape.samples, 0);
+  const Shape flat{1, 1, shape.samples * shape.elements()};
+  Buffer out(DType::kFloat32, flat);
+  out.layout = {flat.pixels, flat.pixels, 1};
+  const auto step = static_cast<int32_t>(below(1 << 20));
+  compare("randn", shape, {&out}, [&](const CpuKernels& kernels, int64_t begin, int64_t end) {
+    kernels.randn({out.data<float>(), seed.data(), index.data(), shape.samples, shape.elements(),
+                   step, static_cast<int32_t>(step & 2)},
+                  begin, end);
+    return int64_t{-1};
+  });
+}
+
+void fuzz_q_sample() {
+  const Shape shape = random_shape();
+  Buffer x_start(DType::kFloat32, shape), x_t, noise;
+  x_t = Buffer(DType::kFloat32, shape);
+  // One layout serves all.
+  const auto copied = [&](Buffer* to) {
+    to->layout = x_start.layout;
+    to->offset = x_start.offset;
+    to->first.assign(x_start.first.size(), 1);
+    to->reset();
+  };
+  copied(&x_t);
+  copied(&noise);
+  const bool given = flip();
+  const float coefficients[] = {0.9f, 0.3f, 0.5f, 0.8f, 0.0f, 1.0f};
+  const auto t = random_indices(shape.samples, true), seed = random_indices(shape.samples, false);
+  compare("q_sample", shape, {&x_t, &noise},
+          [&](const CpuKernels& kernels, int64_t begin, int64_t end) {
+            float* z = noise.data<float>();
+            kernels.q_sample({x_t.data<float>(), given ? nullptr : z, x_start.data<float>(),
+                              given ? z : nullptr, coefficients, t.data(), seed.data(), seed.data(),
+                              x_start.layout, shape.samples, shape.channels, shape.pixels, 3, 1},
+                             begin, end);
+            return int64_t{-1};
+          });
+}
+
+DType random_dtype() { return static_cast<DType>(below(3)); }
+
+void fuzz_step() {
+  const Shape shape = random_shape();
+  const bool guided = flip(), learned = flip();
+  Shape model_shape = shape, next_shape = shape;
+  if (guided) model_shape.samples = next_shape.samples = 2 * shape.samples;
+  if (learned) model_shape.channels *= 2;
+  Buffer x(DType::kFloat32, shape), out(DType::kFloat32, shape), noise(DType::kFloat32, shape);
+  Buffer model(random_dtype(), model_shape), previous(DType::kFloat32, shape);
+  Buffer next(random_dtype(), next_shape);
+  const float scale = 1.7f;
+  // All terms; a plain row; a copy of x_t with infinite clips.
+  float table[3][16] = {{1.2f, -.7f, .6f, .3f, -.2f, .1f, .3f, -7.f, -1.f, -1.f, 1.f},
+                        {1.1f, -.4f, .5f, .4f, 0, 0, .2f, -7.f, -1.f, -1.f, 1.f},
+                        {0, 0, 0, 1.f, 0, 0, 0, -7.f, -1.f, -__builtin_inff(), __builtin_inff()}};
+  const int32_t index[3][4] = {{0, 7, learned ? 1 : 0, 0}, {0, (1 << 20) - 1, 0, 0}, {0, 0, 0, 0}};
+  const auto row = random_indices(shape.samples, true), seed = random_indices(shape.samples, false);
+  const bool in_place = flip(), has_previous = flip();
+  if (!has_previous) table[0][4] = 0;
+  StepArgs args{};
+  args.guidance_scale = guided ? &scale : nullptr;
+  args.coefficients = table[0];
+  args.index = index[0];
+  args.row = row.data();
+  args.seed = args.sample_index = seed.data();
+  args.x_layout = x.layout;
+  args.out_layout = in_place ? x.layout : out.layout;
+  args.model_layout = model.layout;
+  args.noise_layout = noise.layout;
+  args.previous_layout = previous.layout;
+  args.next_layout = next.layout;
+  args.samples = shape.samples;
+  args.channels = shape.channels;
+  args.pixels = shape.pixels;
+  args.table_rows = 3;
+  args.model_dtype = model.dtype;
+  args.next_dtype = next.dtype;
+  args.model_channels = static_cast<int32_t>(model_shape.channels);
+  const bool given = flip(), has_next = flip();
+  compare("step", shape, {&x, &out, &previous, &next},
+          [&](const CpuKernels& kernels, int64_t begin, int64_t end) {
+            args.x_t = x.data<float>();
+            args.out = in_place ? x.data<float>() : out.data<float>();
+            args.model_output = model.data();
+            args.noise = given ? noise.data<float>() : nullptr;
+            args.previous = has_previous ? previous.data<float>() : nullptr;
+            args.next_input = has_next ? next.data() : nullptr;
+            return kernels.step(args, begin, end);
+          });
+}
+
+// Past 2^31 elements: only the pages that are written become memory.
+void far_elements() {
+  const Shape shape{1, 1, (int64_t{1} << 31) + 4099};
+  const size_t size = shape.pixels * sizeof(float);
+  void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) {
+    std::printf("no address space for 2^31 elements: not tested\n");
+    return;
+  }
+  const char* names[3];
+  const int levels = cpu_levels(names, true);
+  const int64_t seed = 3, chunks = chunk_count(shape), count = 4099;
+  auto* out = static_cast<float*>(memory);
+  std::string expected;
+  for (int level = 0; level < levels; ++level) {
+    set_cpu_level(names[level]);
+    cpu_kernels().randn({out, &seed, &seed, 1, shape.pixels, 5, 0}, chunks - 2, chunks);
+    const std::string got(reinterpret_cast<char*>(out + shape.pixels - count), count * 4);
+    if (level == 0) expected = got;
+    if (got != expected || got == std::string(count * 4, '\0')) {
+      std::printf("randn past 2^31 elements: %s differs\n", names[level]);
+      std::exit(1);
+    }
+  }
+  munmap(memory, size);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 1000;
+  state = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
+  for (int i = 0; i < cases; ++i) {
+    fuzz_randn();
+    fuzz_q_sample();
+    fuzz_step();
+  }
+  far_elements();
+  const char* names[3];
+  std::printf("%d cases, %d levels agree\n", cases, cpu_levels(names, true));
+}
