@@ -28,7 +28,7 @@ LARGE = 1 << 30  # elements of a sample, or between two, from which places take 
 def _launch(
     kernel: Any, like: Tensor, extent: int, elements: int, *args: Any, **named: Any
 ) -> None:
-    """like: a tensor of the batch. extent: two elements of a sample lie less apart in any tensor."""
+    """like: a tensor of the batch. extent: in any tensor a sample's elements lie less apart."""
     if like.numel() == 0:
         return
     chunks = -(-elements // BLOCK)
