@@ -7,6 +7,7 @@ the reference, with one warning.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from functools import cache
@@ -14,6 +15,8 @@ from types import ModuleType
 
 import torch
 
+# Never run on a GPU yet, so only used where they are asked for by name.
+UNPROVEN = ("cuda", "triton")
 NAMES = ("auto", "cpu", "cuda", "triton", "reference")
 BUILD_HINT = "build it with `pip install --no-build-isolation -e .` in the source tree"
 
@@ -62,11 +65,21 @@ def _cuda(device: torch.device) -> tuple[bool, str]:
         return False, _missing()
     if not extension.build_config()["cuda_linked"]:
         return False, "this build has no CUDA kernels; build it with nvcc beside a CUDA torch"
-    return True, "compiled CUDA kernels, which were never run on a GPU"
+    return True, "compiled CUDA kernels"
+
+
+def triton_obstacle() -> str:
+    """Why the Triton kernels cannot be compiled; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    return ""
 
 
 def _triton(device: torch.device) -> tuple[bool, str]:
-    return False, "this version has no Triton kernels"
+    if device.type != "cuda":
+        return False, f"the tensors are on {device.type}"
+    obstacle = triton_obstacle()
+    return not obstacle, obstacle or "Triton kernels"
 
 
 def _reference(device: torch.device) -> tuple[bool, str]:
@@ -76,12 +89,19 @@ def _reference(device: torch.device) -> tuple[bool, str]:
 _PROBES = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference}
 
 
+def _unproven(reason: str) -> str:
+    return f"{reason}, never run on a GPU, so to be asked for by name"
+
+
 def _automatic(device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
-        available, reason = _cuda(device)
-        if available:
-            reason = "the CUDA kernels were never run on a GPU, so they must be asked for by name"
-        return "reference", reason
+        reasons = []
+        for name in ("cuda", "triton"):
+            available, reason = _PROBES[name](device)
+            if available and name not in UNPROVEN:
+                return name, reason
+            reasons.append(f"{name}: {_unproven(reason) if available else reason}")
+        return "reference", "; ".join(reasons)
     available, reason = _cpu(device)
     if available:
         return "cpu", reason
@@ -103,6 +123,8 @@ def _resolve(device_type: str, requested: str) -> tuple[str, str]:
     available, reason = _PROBES[requested](device)
     if not available:
         raise BackendError(f"the backend {requested!r} is not available: {reason}.")
+    if requested in UNPROVEN:
+        reason += ", never run on a GPU"
     return requested, f"{source}: {reason}"
 
 

@@ -11,6 +11,8 @@ import torch
 
 from . import backend, noise
 
+UNPROVEN = "they were never run on a GPU and must be asked for by name"
+
 
 def _version(package: str) -> str:
     try:
@@ -59,6 +61,7 @@ def report() -> list[tuple[str, str]]:
             ("CPU levels here", _cpu_levels()),
             ("CUDA kernels", _cuda_kernels(config)),
         ]
+    lines.append(("Triton kernels", _triton_kernels()))
     lines.append(("backend on cpu", _choice("cpu")))
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -73,7 +76,11 @@ def _cuda_kernels(config: dict[str, object]) -> str:
     state = "linked" if config["cuda_linked"] else "not compiled"
     if config["cuda_compiled"] and not config["cuda_linked"]:
         state = "compiled as a check, not linked (torch is a CPU build)"
-    return f"{state}; they were never run on a GPU and must be asked for by name"
+    return f"{state}; {UNPROVEN}"
+
+
+def _triton_kernels() -> str:
+    return f"{backend.triton_obstacle() or 'compiled at the first call'}; {UNPROVEN}"
 
 
 def main() -> int:

@@ -1,13 +1,15 @@
 """The fused operators: noise, the forward process, and one step of sampling.
 
 Each is `torch.ops.ddpm_fast.*`, registered in C++ (csrc/torch_ops.cpp), behind a typed function
-that picks the backend. All tensors of a call lie on one device. Equations are those of Ho et al.
-2020, "Denoising diffusion probabilistic models".
+that picks the backend. (Triton's are plain functions, triton_ops.py: for eager code and captured
+loops, not for `torch.compile`.) All tensors of a call lie on one device. Equations are those of Ho
+et al. 2020, "Denoising diffusion probabilistic models".
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -27,6 +29,13 @@ __all__ = [
 ]
 
 
+def _triton() -> ModuleType:
+    # Only where it is used: importing triton takes longer than all else.
+    from . import triton_ops
+
+    return triton_ops
+
+
 def randn(
     seed: Tensor,
     sample_index: Tensor,
@@ -42,8 +51,11 @@ def randn(
     (0 draws x_T). Raises RuntimeError or ValueError where an argument is not so, and BackendError
     where `backend` is not available.
     """
-    if resolve_backend(seed.device, backend)[0] == "reference":
+    name = resolve_backend(seed.device, backend)[0]
+    if name == "reference":
         return fallback.randn(seed, sample_index, shape, step, stream)
+    if name == "triton":
+        return _triton().randn(seed, sample_index, shape, step, stream)
     return torch.ops.ddpm_fast.randn.default(seed, sample_index, shape, step, stream)
 
 
@@ -65,8 +77,11 @@ def q_sample(
     Differentiable with respect to x_start. Raises RuntimeError or ValueError where an argument is
     not so, and BackendError where `backend` is not available.
     """
-    if resolve_backend(x_start.device, backend)[0] == "reference":
+    name = resolve_backend(x_start.device, backend)[0]
+    if name == "reference":
         return fallback.q_sample(x_start, coefficients, timesteps, seed, sample_index, noise)
+    if name == "triton":
+        return _triton().q_sample(x_start, coefficients, timesteps, seed, sample_index, noise)
     x_t, drawn = torch.ops.ddpm_fast.q_sample.default(
         x_start, coefficients, timesteps, seed, sample_index, noise
     )
@@ -120,8 +135,11 @@ def p_sample_step(
     _refuse_grad(x_t, model_output, noise, previous_pred_xstart)
     arguments = (x_t, model_output, coefficients, index, row, seed, sample_index, noise)
     arguments += (guidance_scale, previous_pred_xstart, status, next_input)
-    if resolve_backend(x_t.device, backend)[0] == "reference":
+    name = resolve_backend(x_t.device, backend)[0]
+    if name == "reference":
         return fallback.p_sample_step(*arguments)
+    if name == "triton":
+        return _triton().p_sample_step(*arguments)
     return torch.ops.ddpm_fast.p_sample_step.default(*arguments)
 
 
@@ -145,8 +163,11 @@ def p_sample_step_(
     _refuse_grad(x_t, model_output, noise, previous_pred_xstart)
     arguments = (x_t, model_output, coefficients, index, row, seed, sample_index, noise)
     arguments += (guidance_scale, previous_pred_xstart, status, next_input)
-    if resolve_backend(x_t.device, backend)[0] == "reference":
+    name = resolve_backend(x_t.device, backend)[0]
+    if name == "reference":
         return x_t.copy_(fallback.p_sample_step(*arguments))
+    if name == "triton":
+        return _triton().p_sample_step(*arguments, in_place=True)
     torch.ops.ddpm_fast.p_sample_step_.default(*arguments)
     return x_t
 
