@@ -5,17 +5,16 @@ Tensors are (N, C, H, W) in channels_last order, float32 or bfloat16; series hav
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backend
+from . import ops
 
 Size = tuple[int, int]
 DTYPES = (torch.float32, torch.bfloat16)
-LONGEST_SCORES = 512  # positions up to which attention's scores are kept whole
 _onednn = torch.ops.mkldnn
 
 
@@ -81,19 +80,18 @@ class UpsampleConv(nn.Module):
     their places. Algebraically the same, at 4/9 of the multiplications for images.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, size: Size
-    ) -> None:
+    def __init__(self, conv: nn.Module, dtype: torch.dtype, size: Size, bias: bool = True) -> None:
         super().__init__()
+        weight = as_image(conv.weight)
         self.channels = weight.shape[0]
         self.phases = tuple(2 if taps == 3 else 1 for taps in weight.shape[2:])
         weights = [weight]
         for dim in (2, 3):
             if weight.shape[dim] == 3:
                 weights = [part for w in weights for part in self._two_taps(w, dim)]
-        bias = None if bias is None else bias.repeat(len(weights))
+        biases = conv.bias.repeat(len(weights)) if bias else None
         padding = tuple(p - 1 for p in self.phases)
-        self.conv = Conv(torch.cat(weights), bias, dtype, size, padding)
+        self.conv = Conv(torch.cat(weights), biases, dtype, size, padding)
 
     @staticmethod
     def _two_taps(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -115,56 +113,24 @@ class UpsampleConv(nn.Module):
 
 
 class Norm(nn.Module):
-    """GroupNorm, and SiLU if `silu`, in one pass of the compiled kernel where that is built."""
+    """GroupNorm, and SiLU if `silu`, in one pass; see `ops.group_norm`."""
 
     def __init__(self, norm: nn.GroupNorm, silu: bool = True) -> None:
         super().__init__()
         self.groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
         self.weight = norm.weight.detach().float().clone()
         self.bias = norm.bias.detach().float().clone()
-        self.is_fused = backend.extension is not None
+        self.backend, _ = ops.resolve_backend("cpu")
+        self.is_fused = self.backend == "cpu"
 
     def forward(
         self,
         x: Tensor,
         skip: Tensor | None = None,
         shift: Tensor | None = None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
+        affine: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Of x, whose channels `skip`'s follow, plus `shift`.
-
-        shift, and weight and bias in place of the norm's own: float32 (1, C) or (N, C).
-        """
-        if weight is None:
-            weight, bias = self.weight, self.bias
-        if not self.is_fused:
-            return self._unfused(x if skip is None else torch.cat((x, skip), 1), shift, weight, bias)
-        shape = list(x.shape)
-        if skip is not None:
-            shape[1] += skip.shape[1]
-        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        torch.ops.ddpm_fast.group_norm.default(
-            out, x, skip, shift, weight, bias, self.groups, self.eps, self.silu
-        )
-        return out
-
-    def _unfused(self, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-        h = x.float()
-        if shift is not None:
-            h = h + shift[:, :, None, None]
-        h = F.group_norm(h, self.groups, eps=self.eps)
-        weight, bias = (v.reshape(-1, h.shape[1], 1, 1) for v in (weight, bias))
-        h = torch.addcmul(bias, h, weight)
-        return (F.silu(h) if self.silu else h).to(x.dtype, memory_format=torch.channels_last)
-
-
-def _positions(x: Tensor) -> Tensor:
-    """(N, C, H, W) as (N, H * W, C); a view."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _image(x: Tensor, like: Tensor) -> Tensor:
-    """(N, H * W, C) as (N, C, H, W); a view."""
-    n, _, height, width = like.shape
-    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        """Of x, whose channels `skip`'s follow, plus shift; affine: other weights and biases."""
+        weight, bias = affine or (self.weight, self.bias)
+        settings = (self.groups, self.eps, self.silu)
+        return ops.group_norm(x, skip, shift, weight, bias, *settings, backend=self.backend)

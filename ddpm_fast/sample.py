@@ -16,6 +16,7 @@ from .backend import NAMES
 from .checkpoint import Model, load_model
 from .data import Dataset, load_dataset
 from .device import DTYPES, device_name, resolve_device, resolve_dtype
+from .inference import FusedUNet
 from .methods import METHODS
 from .output import Output
 from .sampler import Sampler
@@ -65,6 +66,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")
     p.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network")
     p.add_argument("--backend", choices=NAMES, default="auto", help="of the fused step")
+    p.add_argument(
+        "--fused",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a CPU: the network's layers packed and fused, or as they were trained",
+    )
     p.add_argument("--out", default="samples", help="folder for the results")
     p.add_argument("--overwrite", action="store_true", help="replace another run in --out")
     p.add_argument("--npz", action="store_true", help="also one samples_NxHxWxC.npz")
@@ -119,6 +126,7 @@ def record(
         "backend": sampler.backend,
         "backend_reason": sampler.backend_reason,
         "graphs": sampler.graphs,
+        "fused_network": isinstance(sampler.network, FusedUNet),
         "device": str(sampler.device),
         "device_name": device_name(sampler.device),
         "threads": torch.get_num_threads(),
@@ -155,6 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         guidance_scale=args.guidance,
         backend=args.backend,
         graphs=args.graphs,
+        fused=args.fused,
     )
     classes = parse_classes(args.classes, sampler.num_classes)
     if args.batch_size is None:
