@@ -59,8 +59,8 @@ struct StepArgs {
   DType next_dtype;
 };
 
-// y = GroupNorm(x + shift), then SiLU: channels_last, without gaps. x is (samples, pixels, channels)
-// in one or two parts, whose channels follow each other.
+// y = GroupNorm(x + shift), then SiLU: channels_last, without gaps. x is (samples, pixels,
+// channels) in one or two parts, whose channels follow each other.
 struct GroupNormArgs {
   void* out;
   const void* x[2];

@@ -18,10 +18,9 @@ void require_channels_last(const char* name, const Tensor& t, const Tensor& like
           shape_text(like), ", but it is ", shape_text(t), ".");
   const Shape shape(t);
   const std::optional<Layout> layout = layout_of(t);
-  require(t.numel() == 0 ||
-              (layout && (shape.channels == 1 || layout->channel == 1) &&
-               (shape.pixels == 1 || layout->pixel == shape.channels) &&
-               (shape.samples == 1 || layout->sample == shape.elements())),
+  require(t.numel() == 0 || (layout && (shape.channels == 1 || layout->channel == 1) &&
+                             (shape.pixels == 1 || layout->pixel == shape.channels) &&
+                             (shape.samples == 1 || layout->sample == shape.elements())),
           name, " must be channels_last without gaps.");
 }
 
@@ -41,7 +40,7 @@ int64_t row_stride(const char* name, const Tensor& t, const Tensor& out) {
 
 }  // namespace
 
-void group_norm(Tensor out, Tensor x, std::optional<Tensor> x2, std::optional<Tensor> shift,
+void group_norm(Tensor out, Tensor x, std::optional<Tensor> skip, std::optional<Tensor> shift,
                 Tensor weight, Tensor bias, int64_t groups, double eps, bool silu) {
   const ScalarType dtype = out.scalar_type();
   require(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
@@ -50,21 +49,21 @@ void group_norm(Tensor out, Tensor x, std::optional<Tensor> x2, std::optional<Te
   require_channels_last("out", out, out);
   require_channels_last("x", x, out);
   require_disjoint("out", out, "x", x);
-  if (x2) {
-    require_channels_last("x2", *x2, out);
-    require_disjoint("out", out, "x2", *x2);
+  if (skip) {
+    require_channels_last("skip", *skip, out);
+    require_disjoint("out", out, "skip", *skip);
   }
   const Shape shape(out);
-  require(x.size(1) + (x2 ? x2->size(1) : 0) == shape.channels, "x and x2 must have the ",
-          shape.channels, " channels of out together.");
+  require(x.size(1) + (skip ? skip->size(1) : 0) == shape.channels,
+          "x and skip must together have the ", shape.channels, " channels of out.");
   require(groups > 0 && shape.channels % groups == 0, "groups must divide the ", shape.channels,
           " channels, but it is ", groups, ".");
   GroupNormArgs args{};
   args.out = out.mutable_data_ptr();
   args.x[0] = x.const_data_ptr();
-  args.x[1] = x2 ? x2->const_data_ptr() : nullptr;
+  args.x[1] = skip ? skip->const_data_ptr() : nullptr;
   args.channels[0] = x.size(1);
-  args.channels[1] = x2 ? x2->size(1) : 0;
+  args.channels[1] = skip ? skip->size(1) : 0;
   args.shift_stride = shift ? row_stride("shift", *shift, out) : 0;
   args.shift = shift ? read<float>(*shift) : nullptr;
   args.affine_stride = row_stride("weight", weight, out);
@@ -81,12 +80,12 @@ void group_norm(Tensor out, Tensor x, std::optional<Tensor> x2, std::optional<Te
   const int64_t group_elements = shape.elements() / groups;
   if (group_elements == 0) return;
   const CpuKernels& kernels = cpu_kernels();
-  torch::stable::parallel_for(
-      0, shape.samples * groups, (kGrainElements + group_elements - 1) / group_elements,
-      [&](int64_t begin, int64_t end) {
-        std::vector<float> memory(4 * norm_row(shape.channels));
-        kernels.group_norm(args, begin, end, memory.data());
-      });
+  torch::stable::parallel_for(0, shape.samples * groups,
+                              (kGrainElements + group_elements - 1) / group_elements,
+                              [&](int64_t begin, int64_t end) {
+                                std::vector<float> memory(4 * norm_row(shape.channels));
+                                kernels.group_norm(args, begin, end, memory.data());
+                              });
 }
 
 }  // namespace ddpm_fast

@@ -16,7 +16,7 @@ void p_sample_step_(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor
                     std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status,
                     std::optional<Tensor> next_input);
 // In torch_norm.cpp.
-void group_norm(Tensor out, Tensor x, std::optional<Tensor> x2, std::optional<Tensor> shift,
+void group_norm(Tensor out, Tensor x, std::optional<Tensor> skip, std::optional<Tensor> shift,
                 Tensor weight, Tensor bias, int64_t groups, double eps, bool silu);
 
 namespace {
@@ -134,7 +134,8 @@ STABLE_TORCH_LIBRARY(ddpm_fast, m) {
         "Tensor(b!)? previous_pred_xstart=None, Tensor(c!)? status=None, "
         "Tensor(d!)? next_input=None) -> ()");
   m.def(
-      "group_norm(Tensor(a!) out, Tensor x, Tensor? x2, Tensor? shift, Tensor weight, Tensor bias, "
+      "group_norm(Tensor(a!) out, Tensor x, Tensor? skip, Tensor? shift, Tensor weight, Tensor "
+      "bias, "
       "int groups, float eps, bool silu) -> ()");
 }
 

@@ -48,10 +48,10 @@ class Conv(nn.Module):
         stride: Size = (1, 1),
     ) -> None:
         super().__init__()
-        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype, copy=True)
         self.is_fused = is_packable(dtype)
         self.place = (list(padding), list(stride), [1, 1], 1)
-        weight = weight.to(dtype)
+        weight = weight.to(dtype, copy=True, memory_format=torch.channels_last)
         if self.is_fused:
             shape = [16, weight.shape[1], *size]
             weight = _onednn._reorder_convolution_weight(weight.contiguous(), *self.place, shape)
@@ -62,7 +62,7 @@ class Conv(nn.Module):
         if not self.is_fused:
             padding, stride, _, _ = self.place
             y = F.conv2d(x, self.weight, self.bias, stride, padding)
-            return y if to is None else y + to
+            return (y if to is None else y + to).contiguous(memory_format=torch.channels_last)
         if to is None:
             return _onednn._convolution_pointwise.default(
                 x, self.weight, self.bias, *self.place, "none", [], ""

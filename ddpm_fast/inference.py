@@ -121,6 +121,11 @@ class FusedUNet(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         check_inputs(self.config, x, t, class_labels)
+        if x.dtype != self.dtype:
+            wanted, got = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, x.dtype))
+            raise ValueError(
+                f"x must be {wanted}, as the network was prepared for, but it is {got}"
+            )
         rows = self.table(t, class_labels)
         x = x.unsqueeze(2) if self.config.dims == 1 else x
         x = x.contiguous(memory_format=torch.channels_last)

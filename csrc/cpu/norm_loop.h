@@ -109,8 +109,7 @@ DDPM_FAST_INLINE typename V::F silu(typename V::F x) {
 
 template <class V, bool kSilu, class T>
 DDPM_FAST_INLINE void normalize_vector(const T* x, const float* scale, const float* offset, T* y) {
-  const typename V::F value =
-      V::fma(V::template load<1>(x), V::load(scale), V::load(offset));
+  const typename V::F value = V::fma(V::template load<1>(x), V::load(scale), V::load(offset));
   V::template store<1>(y, kSilu ? silu<V, sizeof(T) == sizeof(float)>(value) : value);
 }
 
@@ -205,9 +204,8 @@ template <class V, class T>
 void norm_coefficients(const NormRun<T>& run, float* scale, float* offset) {
   const GroupNormArgs& args = run.args;
   const int64_t size = run.group_size();
-  const float* shift = args.shift == nullptr
-                           ? nullptr
-                           : args.shift + run.sample * args.shift_stride + run.begin();
+  const float* shift =
+      args.shift == nullptr ? nullptr : args.shift + run.sample * args.shift_stride + run.begin();
   const float* weight = args.weight + run.sample * args.affine_stride + run.begin();
   const float* bias = args.bias + run.sample * args.affine_stride + run.begin();
   const double pixels = static_cast<double>(args.pixels), count = pixels * size;
