@@ -78,6 +78,21 @@ def peers() -> str:
     return "\n\n".join(tables) + "\n"
 
 
+def precision() -> str:
+    document = _read("precision")
+    if document is None:
+        return ""
+    figures = document["figures"]
+    rows = [
+        f"{name} {row['all']:.0f} dB (worst {row['worst image']:.0f})"
+        for name, row in figures["psnr"].items()
+    ]
+    return (
+        f"{figures['num_samples']} digits in {figures['steps']} steps of the same noise, PSNR "
+        f"against the float32 network layer by layer: {', '.join(rows)}. {_where(document)}.\n"
+    )
+
+
 def sampling() -> str:
     document = _read("sampling")
     if document is None:
@@ -160,7 +175,15 @@ def main() -> None:
     tail = rest[rest.index(END) :]
     tables = "\n".join(
         t
-        for t in (peers(), peer_diffusers(), sampling(), ops(), batch_sizes(), fresh_machine())
+        for t in (
+            peers(),
+            peer_diffusers(),
+            precision(),
+            sampling(),
+            ops(),
+            batch_sizes(),
+            fresh_machine(),
+        )
         if t
     )
     readme.write_text(f"{head}{BEGIN}{tables}{tail}")
