@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import noise as contract
 from .backend import is_available
+from .checks import MODEL_DTYPES
 
 
 def randn(
@@ -78,7 +79,7 @@ def _check_next_input(next_input: Tensor | None, x_t: Tensor, copies: int) -> No
     if next_input is None:
         return
     wanted = (copies * x_t.shape[0], *x_t.shape[1:])
-    if next_input.shape != wanted or not next_input.is_floating_point():
+    if next_input.shape != wanted or next_input.dtype not in MODEL_DTYPES:
         raise ValueError(
             f"next_input must be float32, bfloat16 or float16 of shape {wanted}, but it is"
             f" {next_input.dtype} of shape {tuple(next_input.shape)}."
