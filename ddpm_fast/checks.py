@@ -171,8 +171,8 @@ def _model_channels(x_t: Tensor, model_output: Tensor, guided: bool) -> int:
     )
     require(
         same,
-        f"model_output must have the shape of x_t, {_shape(x_t)}{_twice(guided)}, and C or 2 C channels,"
-        f" but it is {_shape(model_output)}.",
+        f"model_output must have the shape of x_t, {_shape(x_t)}{_twice(guided)}, and C or 2 C"
+        f" channels, but it is {_shape(model_output)}.",
     )
     return found
 
