@@ -180,6 +180,44 @@ def test_dpmpp_2m_chain(steps, prediction_type, clip):
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers beside NumPy 2
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("steps", [10, 20])
+@pytest.mark.parametrize("name", ["linear", "squaredcos_cap_v2"])
+def test_dpmpp_2m_is_diffusers(name, steps, prediction_type):
+    """Every state of DPMSolverMultistepScheduler's run, whose tables are float32.
+
+    Its step to sigma 0 is of first order too: below 15 steps by `lower_order_final`, from there on
+    by `final_sigmas_type`.
+    """
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_schedule=name,
+        prediction_type=prediction_type,
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+        timestep_spacing="trailing",
+    )
+    scheduler.set_timesteps(steps)
+    schedule = NoiseSchedule.from_config(scheduler.config)
+    options = {"prediction_type": prediction_type, "clip_denoised": False}
+    plan = make_plan(schedule, "dpmpp_2m", steps, "trailing", **options)
+    assert plan.timesteps == scheduler.timesteps.tolist()
+    theirs = x = draw(*SHAPE)
+    previous = torch.zeros_like(x)
+    for i, t in enumerate(scheduler.timesteps):
+        output = 0.5 * torch.tanh(x) + 0.4 * math.cos(i / 3)
+        theirs = scheduler.step(output, t, theirs).prev_sample
+        row = torch.full((len(x),), i)
+        x, previous = reference.step(
+            plan.coefficients64, plan.index, row, x, output, None, previous
+        )
+        # 3e-7 of the largest value, but 7e-6 from epsilon where nearly no signal is left.
+        assert (theirs - x).abs().max() < 1e-5 * x.abs().max()
+
+
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize(
     "method, options",
