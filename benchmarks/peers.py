@@ -36,6 +36,7 @@ from ddpm_fast.unet_config import UNetConfig
 CPU = torch.device("cpu")
 TIMESTEPS = [0, 1, 10, 100, 500, 999]
 LAST = torch.channels_last
+TURN = 0.1  # seconds; a first call after another engine's finds the caches cold
 Engine = Callable[[Tensor, Tensor], Callable[[], Tensor]]  # (x, t) -> one evaluation
 
 
@@ -136,15 +137,23 @@ def flop_of(model: Model) -> int:
     return counted[torch.ops.aten.convolution] + counted[torch.ops.aten.addmm]
 
 
+def seconds(call: Callable[[], Tensor], repeats: int) -> float:
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - began) / repeats
+
+
 def rounds(calls: dict[str, Callable[[], Tensor]], count: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each, in rounds in which each has its turn, after one that does not count."""
+    """Milliseconds of each, in rounds in which each has its turn: TURN seconds, or one call."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for done in range(count + 1):
+    repeats = {}
+    for name, call in calls.items():
+        seconds(call, 1)  # what is done once
+        repeats[name] = max(1, round(TURN / seconds(call, 1)))
+    for _ in range(count):
         for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if done:
-                times[name].append(1e3 * (time.perf_counter() - began))
+            times[name].append(1e3 * seconds(call, repeats[name]))
     figures = {}
     for name, taken in times.items():
         low, median, high = statistics.quantiles(taken, n=4, method="inclusive")
