@@ -1,0 +1,98 @@
+"""run.json: what decides a run's pictures, and what can change a last bit of them."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import __version__, noise
+from .checkpoint import Model
+from .device import device_name
+from .sampler import Sampler
+
+NAME = "run.json"
+
+
+def make_record(
+    model: Model,
+    sampler: Sampler,
+    *,
+    seed: int,
+    indices: range,
+    batch_size: int,
+    classes: Sequence[int] | None,
+    init: dict[str, str] | None,
+) -> dict[str, Any]:
+    """The record of a run of the samples `indices`; init: checksums of the images it starts from.
+
+    Two runs whose "decides" is equal draw the same samples. "environment" may differ between them,
+    and with it last bits of the network's sums.
+    """
+    decides = {
+        "model_sha256": model.sha256,
+        "schedule": model.schedule.config(),
+        **sampler.plan.describe(),
+        "init": init,
+        "classes": classes,
+        "guidance": sampler.guidance_scale,
+        "seed": seed,
+        "noise_contract": noise.VERSION,
+        "dtype": str(sampler.dtype).removeprefix("torch."),
+    }
+    environment = {
+        "batch_size": batch_size,
+        "backend": sampler.backend,
+        "backend_reason": sampler.backend_reason,
+        "graphs": sampler.graphs,
+        "device": str(sampler.device),
+        "device_name": device_name(sampler.device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "ddpm_fast": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    samples = {"model": model.name, "start": indices.start, "num_samples": len(indices)}
+    record = {"decides": decides, "samples": samples, "environment": environment}
+    return json.loads(json.dumps(record))  # as it will be read back
+
+
+def to_text(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=1) + "\n"
+
+
+def parse(text: bytes) -> dict[str, Any] | None:
+    """The record of an earlier run, or None if it cannot be read as one."""
+    try:
+        record = json.loads(text)
+        return record if isinstance(record["decides"], dict) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def differences(there: Any, now: dict[str, Any]) -> str:
+    """The settings in which a part of an earlier record differs from that of this run, in words."""
+    there = there if isinstance(there, dict) else {}
+    words = []
+    for name in now:
+        if there.get(name) != now[name]:
+            pair = f": {there.get(name)} there, {now[name]} now"
+            words.append(name + pair if len(pair) < 100 else name)
+    return ", ".join(words)
+
+
+def continue_from(earlier: dict[str, Any], record: dict[str, Any]) -> None:
+    """Keep in `record` what the pictures that are there were computed with, and how fast."""
+    environments = [earlier.get("environment"), *earlier.get("earlier_environments", ())]
+    others = [e for e in environments if isinstance(e, dict) and e != record["environment"]]
+    if others:
+        record["earlier_environments"] = others
+    if "speed" in earlier:
+        record["speed"] = earlier["speed"]
