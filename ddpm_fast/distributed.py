@@ -44,6 +44,7 @@ class World:
     def publish(self, plan: bytes) -> None:
         """Of the leader: what the others are to know before they begin."""
         self._answer = self._run.encode() + plan
+        self._answer_newcomers()
 
     def receive(self) -> bytes:
         """Of the others: what the leader published, once it has."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,15 +20,13 @@ NAME = "run.json"
 def make_record(
     model: Model,
     sampler: Sampler,
-    *,
-    seed: int,
     indices: range,
-    batch_size: int,
-    classes: Sequence[int] | None,
+    settings: dict[str, Any],
     init: dict[str, str] | None,
 ) -> dict[str, Any]:
-    """The record of a run of the samples `indices`; init: checksums of the images it starts from.
+    """The record of a run of the samples `indices`.
 
+    settings: of `Sampler.batches`. init: checksums of the images that the samples start from.
     Two runs whose "decides" is equal draw the same samples. "environment" may differ between them,
     and with it last bits of the network's sums.
     """
@@ -38,18 +35,18 @@ def make_record(
         "schedule": model.schedule.config(),
         **sampler.plan.describe(),
         "init": init,
-        "classes": classes,
+        "classes": settings["classes"],
         "guidance": sampler.guidance_scale,
-        "seed": seed,
+        "seed": settings["seed"],
         "noise_contract": noise.VERSION,
         "dtype": str(sampler.dtype).removeprefix("torch."),
     }
     environment = {
-        "batch_size": batch_size,
+        "batch_size": settings["batch_size"],
         "backend": sampler.backend,
         "backend_reason": sampler.backend_reason,
         "graphs": sampler.graphs,
-        "device": str(sampler.device),
+        "device": sampler.device.type,
         "device_name": device_name(sampler.device),
         "threads": torch.get_num_threads(),
         "versions": {

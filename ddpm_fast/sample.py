@@ -6,9 +6,10 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from .checkpoint import Model, load_model
 from .data import Dataset, load_dataset
 from .device import DTYPES, resolve_device, resolve_dtype
 from .distributed import World
-from .loop import FirstState
 from .methods import METHODS
 from .output import Output
 from .progress import Progress
@@ -146,10 +146,94 @@ def telling(output: Output, world: World) -> Iterator[None]:
         raise cli.Stopped(stop.number, message) from None
     except OSError as error:
         output.stop()
-        reason = error.strerror or str(error)
-        raise OSError(f"{reason}: {output.standing()}") from error
+        raise OSError(f"{error.strerror or error}: {output.standing()}") from error
     except DistError:
         raise RuntimeError(f"the other processes are gone: {output.standing()}") from None
+
+
+def missing_samples(
+    output: Output, world: World, run: dict[str, Any], overwrite: bool, say: Callable[[str], None]
+) -> np.ndarray:
+    """The indices that are still to be drawn, which the leader finds out for all."""
+    if world.leads:
+        missing, notes = output.prepare(run, overwrite)
+        world.publish(np.packbits(missing).tobytes())
+        for note in notes:
+            say(note)
+    else:
+        bits = np.frombuffer(world.receive(), np.uint8)
+        missing = np.unpackbits(bits, count=len(output.indices))
+        output.folder.share_lock()
+    return output.indices.start + np.flatnonzero(missing)
+
+
+def draw(
+    sampler: Sampler,
+    output: Output,
+    world: World,
+    missing: np.ndarray,
+    settings: dict[str, Any],
+    quiet: bool,
+) -> None:
+    """This process's share of the missing samples; the leader returns when all are written.
+
+    settings: of `Sampler.batches`.
+    """
+    num_steps = sampler.plan.num_steps
+
+    def callback(index: Tensor, done: int, x: Tensor) -> None:
+        progress.callback(index, done, x)
+        output.frame(index, done, x, num_steps)
+
+    with Progress(world, len(output.indices), len(missing), num_steps, quiet) as progress:
+        claims = world.claims(missing, settings["batch_size"])
+        for index, x in sampler.batches(claims, **settings, callback=callback):
+            output.add(index, x)
+        output.drain()
+        progress.look()
+        if world.leads:
+            progress.wait_for_others()
+        else:
+            world.leave()
+
+
+def run_samples(
+    args: argparse.Namespace,
+    world: World,
+    sampler: Sampler,
+    output: Output,
+    run: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    """Draw what is missing, and finish the folder."""
+    say = (lambda text: None) if args.quiet or not world.leads else print
+    if args.graphs and not sampler.graphs:
+        on_cpu = sampler.device.type == "cpu"
+        why = "nothing to capture on a CPU" if on_cpu else sampler.backend_reason
+        say(f"--graphs: {why}; sampling step by step")
+    missing = missing_samples(output, world, run, args.overwrite, say)
+    n, classes = len(missing), settings["classes"]
+    if 0 < n <= settings["batch_size"] * (world.size - 1):
+        say("there are fewer batches than processes: a smaller --batch-size would occupy all")
+    with telling(output, world):
+        began = time.perf_counter()
+        draw(sampler, output, world, missing, settings, args.quiet)
+        if not world.leads:
+            return
+        seconds = time.perf_counter() - began
+        if n:
+            run["speed"] = {
+                "samples": n,
+                "processes": world.size,
+                "seconds": round(seconds, 3),
+                "of_which_capturing": round(sampler.capture_seconds, 3),
+                "images_per_second": round(n / seconds, 3),
+            }
+        indices = torch.arange(output.indices.start, output.indices.stop)
+        labels = None if classes is None else sampler.labels(indices, classes).numpy()
+        shown = output.finish(labels, run)
+    done = f"{n} samples in {seconds:.1f} s ({n / seconds:.2f} images/s)"
+    say(f"{done if n else 'all samples were there'}: {shown}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,97 +244,30 @@ def main(argv: list[str] | None = None) -> int:
     world = World()
     set_threads(args.threads, world)
     device = resolve_device(args.device, world.local_rank if world.size > 1 else None)
+    if device.index is not None:
+        torch.cuda.set_device(device)
     model = load_model(args.model, device)
     sampler = make_sampler(args, model, device)
-    classes = parse_classes(args.classes, sampler.num_classes)
-    batch_size = args.batch_size
-    if batch_size is None:
-        batch_size = sampler.default_batch_size(indices)
     init = None if args.init is None else load_dataset(args.init)
-    x_start = None if init is None else partial(first_images, init)
-    sampler.check(indices, args.seed, batch_size, classes, x_start=x_start)
-    run = make_record(
-        *(model, sampler),
-        seed=args.seed,
-        indices=indices,
-        batch_size=batch_size,
-        classes=classes,
-        init=None if init is None else init.checksums,
-    )
+    batch_size = args.batch_size
+    settings = {
+        "seed": args.seed,
+        "batch_size": sampler.default_batch_size(indices) if batch_size is None else batch_size,
+        "classes": parse_classes(args.classes, sampler.num_classes),
+        "x_start": None if init is None else partial(first_images, init),
+    }
+    sampler.check(indices, **settings)
+    run = make_record(model, sampler, indices, settings, None if init is None else init.checksums)
     with Output(
-        args.out, sampler.sample_shape, indices, batch_size, npz=args.npz, gif=args.gif
+        args.out,
+        sampler.sample_shape,
+        indices,
+        settings["batch_size"],
+        npz=args.npz,
+        gif=args.gif,
     ) as output:
-        say = (lambda text: None) if args.quiet or not world.leads else print
-        if args.graphs and not sampler.graphs:
-            why = "nothing to capture on a CPU" if device.type == "cpu" else sampler.backend_reason
-            say(f"--graphs: {why}; sampling step by step")
-        if world.leads:
-            missing, notes = output.prepare(run, args.overwrite)
-            world.publish(np.packbits(missing).tobytes())
-            for note in notes:
-                say(note)
-        else:
-            missing = np.unpackbits(np.frombuffer(world.receive(), np.uint8), count=len(indices))
-            output.folder.share_lock()
-        missing = args.start + np.flatnonzero(missing)
-        if 0 < len(missing) <= batch_size * (world.size - 1):
-            say("there are fewer batches than processes: a smaller --batch-size would occupy all")
-        with telling(output, world):
-            began = time.perf_counter()
-            compute(args, sampler, world, output, missing, batch_size, classes, x_start)
-            if not world.leads:
-                return 0
-            seconds = time.perf_counter() - began
-            if len(missing):
-                run["speed"] = {
-                    "samples": len(missing),
-                    "processes": world.size,
-                    "seconds": round(seconds, 3),
-                    "of_which_capturing": round(sampler.capture_seconds, 3),
-                    "images_per_second": round(len(missing) / seconds, 3),
-                }
-            labels = None
-            if classes is not None:
-                labels = sampler.labels(torch.arange(args.start, indices.stop), classes).numpy()
-            shown = output.finish(labels, run)
-    rate = f"{len(missing)} samples in {seconds:.1f} s ({len(missing) / seconds:.2f} images/s)"
-    say(f"{rate if len(missing) else 'all samples were there'}: {shown}")
+        run_samples(args, world, sampler, output, run, settings)
     return 0
-
-
-def compute(
-    args: argparse.Namespace,
-    sampler: Sampler,
-    world: World,
-    output: Output,
-    missing: np.ndarray,
-    batch_size: int,
-    classes: list[int] | None,
-    x_start: FirstState | None,
-) -> None:
-    """This process's share of the missing samples; the leader returns when all are written."""
-    progress = Progress(world, args.num_samples, len(missing), sampler.plan.num_steps, args.quiet)
-
-    def callback(index: Tensor, done: int, x: Tensor) -> None:
-        progress.callback(index, done, x)
-        output.frame(index, done, x, sampler.plan.num_steps)
-
-    with progress:
-        for index, x in sampler.batches(
-            world.claims(missing, batch_size),
-            seed=args.seed,
-            batch_size=batch_size,
-            classes=classes,
-            x_start=x_start,
-            callback=callback,
-        ):
-            output.add(index, x)
-        output.drain()
-        progress.look()
-        if world.leads:
-            progress.wait_for_others()
-        else:
-            world.leave()
 
 
 if __name__ == "__main__":
