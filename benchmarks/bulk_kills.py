@@ -20,7 +20,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import results
 import torch
 
 from ddpm_fast.checkpoint import Model, save_model
@@ -99,8 +98,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def killed_often(processes: int, kills: int, arguments: list[object], out: Path) -> dict:
-    """Samples that were there after each kill; raises if the last start fails."""
+def killed_often(processes: int, kills: int, arguments: list[object], out: Path) -> list[int]:
+    """The samples that were there after each kill; RuntimeError if the last start fails."""
     chance, there = random.Random(processes), []
     for _ in range(kills):
         before = opened(out)
@@ -113,7 +112,7 @@ def killed_often(processes: int, kills: int, arguments: list[object], out: Path)
     run = start(processes, *arguments, "--out", out)
     if any(process.wait() for process in run):
         raise RuntimeError("the run that was left alone failed")
-    return {"kills": kills, "samples_there_after_each": there}
+    return there
 
 
 def main() -> None:
@@ -121,7 +120,7 @@ def main() -> None:
     p.add_argument("--kills", type=int, default=30)
     p.add_argument("--processes", type=int, nargs="*", default=[1, 2, 3])
     args = p.parse_args()
-    figures: dict = {"num_samples": NUM_SAMPLES}
+    equal = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny_model(folder / "tiny.safetensors")
@@ -131,12 +130,14 @@ def main() -> None:
         whole = contents(folder / "whole")
         for processes in args.processes:
             out = folder / str(processes)
-            row = killed_often(processes, args.kills, arguments, out)
-            row["equal"] = contents(out) == whole
-            figures[f"{processes} processes"] = row
-            print(f"{processes} processes: {row}", flush=True)
-    print(results.write("bulk_kills", figures))
-    if not all(row["equal"] for row in figures.values() if isinstance(row, dict)):
+            there = killed_often(processes, args.kills, arguments, out)
+            equal.append(contents(out) == whole)
+            print(
+                f"{processes} processes, {args.kills} kills: {there} of {NUM_SAMPLES} samples were "
+                f"there after each; at last {'equal' if equal[-1] else 'NOT EQUAL'}",
+                flush=True,
+            )
+    if not all(equal):
         sys.exit("a folder differs from that of the undisturbed run")
 
 
