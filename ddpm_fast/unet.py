@@ -35,6 +35,14 @@ def _conv(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
     return (nn.Conv1d if dims == 1 else nn.Conv2d)(*args, **kwargs)
 
 
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """With normal weights; but not on "meta", where drawing them imports all of torch._dynamo."""
+    weight = torch.empty(rows, width)
+    if not weight.is_meta:
+        weight.normal_()
+    return nn.Embedding.from_pretrained(weight, freeze=False)
+
+
 def _zero(module: nn.Module) -> nn.Module:
     """A layer that starts as zero, so that each block starts as the identity."""
     for parameter in module.parameters():
@@ -157,7 +165,7 @@ class UNet(nn.Module):
         ch, width = config.base_channels, 4 * config.base_channels
         self.time_mlp = nn.Sequential(nn.Linear(ch, width), nn.SiLU(), nn.Linear(width, width))
         rows = (config.num_classes or 0) + (config.null_class == "row")
-        self.class_embedding = nn.Embedding(rows, width) if config.num_classes else None
+        self.class_embedding = _embedding(rows, width) if config.num_classes else None
         self.conv_in = _conv(config.dims, config.in_channels, ch, 3, padding=1)
 
         self.down, skips = nn.ModuleList(), [ch]
