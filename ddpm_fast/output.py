@@ -76,20 +76,20 @@ class Output:
         self.folder.lock()
         earlier = self._refuse_others(run, overwrite)  # now nobody changes it
         self.folder.clean()
-        notes = []
         if earlier is None:
             self._delete_written()
-        else:
-            environment = run["environment"]
-            changed = record.differences(earlier.get("environment"), environment)
-            if changed:
-                notes.append(f"{self.folder} goes on with another {changed}: last bits may differ")
-            record.continue_from(earlier, run)
         self.folder.make(self.below)
-        self._write_record(run)
         missing = self._missing()
         if self.gif and "denoising.gif" not in self.folder.names():
             missing[: self.batch_size] = True  # its frames are seen only while they are computed
+        notes = []
+        if earlier is not None:
+            draws = bool(missing.any())
+            changed = record.differences(earlier.get("environment"), run["environment"])
+            if changed and draws:
+                notes.append(f"{self.folder} goes on with another {changed}: last bits may differ")
+            record.continue_from(earlier, run, draws)
+        self._write_record(run)
         self.folder.share_lock()
         return missing, notes
 

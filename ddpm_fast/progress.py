@@ -28,6 +28,7 @@ class Progress:
             disable=quiet or not world.leads,
             unit=" images",
             bar_format=FORMAT,
+            smoothing=0,
         )
 
     def __enter__(self) -> Progress:

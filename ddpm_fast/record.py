@@ -85,8 +85,15 @@ def differences(there: Any, now: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def continue_from(earlier: dict[str, Any], record: dict[str, Any]) -> None:
-    """Keep in `record` what the pictures that are there were computed with, and how fast."""
+def continue_from(earlier: dict[str, Any], record: dict[str, Any], draws: bool) -> None:
+    """Keep in `record` what the samples that are there were computed with, and how fast.
+
+    draws: whether any will be computed now; else the record stays as it was.
+    """
+    if not draws:
+        kept = ("environment", "earlier_environments", "speed")
+        record.update({name: earlier[name] for name in kept if name in earlier})
+        return
     environments = [earlier.get("environment"), *earlier.get("earlier_environments", ())]
     others = [e for e in environments if isinstance(e, dict) and e != record["environment"]]
     if others:

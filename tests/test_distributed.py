@@ -14,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from sampling import contents, run
 
 from ddpm_fast import distributed, sample
+from ddpm_fast.device import resolve_device
 from ddpm_fast.distributed import World
+from ddpm_fast.progress import Progress
 
 
 @pytest.fixture
@@ -113,6 +116,37 @@ def test_threads_are_shared_out(worlds, monkeypatch):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_size))
         sample.set_threads(wanted, worlds(20)[0])
     assert asked == [2, 1, 5]  # a process alone keeps what it has
+
+
+def test_one_bar_shows_what_all_have_done_and_what_was_there(worlds, capsys):
+    both = worlds(2)
+    both[0].publish(b"")
+    receive(both)
+    index = torch.arange(6)
+    with Progress(both[1], 100, 40, 5, quiet=False) as other:
+        for done in range(6):
+            other.callback(index, done, index)
+        other.look()
+    assert capsys.readouterr().err == ""  # the leader alone has a bar
+    with Progress(both[0], 100, 40, 5, quiet=False) as progress:
+        progress.callback(index[:2], 0, index)
+        progress.callback(index[:2], 1, index)
+        progress.callback(index[:2], 2, index)
+        progress.callback(index[:2], 3, index)
+        progress.look()
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert last.startswith(" 67%") and " 67/100 images " in last  # 60 + 6 + 2 * 3/5
+
+
+def test_processes_share_out_the_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(resolve_device("auto", rank)) for rank in (0, 1, 2)] == [
+        "cuda:0",
+        "cuda:1",
+        "cuda:0",
+    ]
+    assert str(resolve_device("cuda:1", 0)) == "cuda:1" and str(resolve_device("auto")) == "cuda"
 
 
 COMMON = ["--num-samples", 150, "--batch-size", 4, "--steps", 10, "--dtype", "float32", "--npz"]

@@ -161,6 +161,9 @@ def test_another_batch_size_goes_on_and_says_so(arguments, whole, tmp_path, caps
     assert record["environment"]["batch_size"] == 5
     assert [e["batch_size"] for e in record["earlier_environments"]] == [4]
     assert contents(tmp_path / "out") == whole
+    status, said, _ = run(capsys, *arguments, "--batch-size", 9)  # with which nothing is drawn
+    assert status == 0 and "goes on" not in said
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["environment"]["batch_size"] == 5
 
 
 def test_every_other_setting_is_named(arguments, tmp_path, capsys):
