@@ -105,8 +105,12 @@ def first_images(data: Dataset, index: Tensor) -> Tensor:
 
 
 def set_threads(threads: int | None, world: World) -> None:
-    """Share the cores among the processes of this machine; torchrun alone would give each one."""
-    if threads is None and world.local_size > 1:
+    """Share the cores among the processes of this machine.
+
+    torchrun would have each use one, and says so in the variable that can also be the user's.
+    """
+    alone = world.local_size == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1"
+    if threads is None and not alone:
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))
         else:
