@@ -104,7 +104,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def killed_often(processes: int, kills: int, arguments: list[object], out: Path) -> list[int]:
     """The samples that were there after each kill; RuntimeError if the last start fails."""
-    chance, there = random.Random(processes), []
+    chance, there = random.Random(), []
     for _ in range(kills):
         before, had = opened(out), count(out)
         run = start(processes, *arguments, "--out", out)
