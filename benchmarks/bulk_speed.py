@@ -146,7 +146,7 @@ MEASUREMENTS = {f.__name__: f for f in (startup, memory, throughput, processes)}
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("what", nargs="*", choices=[*MEASUREMENTS, []], default=[*MEASUREMENTS])
+    p.add_argument("what", nargs="+", choices=MEASUREMENTS)
     for name in p.parse_args().what:
         with tempfile.TemporaryDirectory() as folder:
             figures = MEASUREMENTS[name](Path(folder))
