@@ -75,6 +75,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, help="of a process; default: the cores, shared out")
     p.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network")
     p.add_argument("--backend", choices=NAMES, default="auto", help="of the fused step")
+    p.add_argument(
+        "--fused",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a CPU: the network's layers packed and fused, or as they were trained",
+    )
     p.add_argument("--out", default="samples", help="folder for the results, or an fsspec URL")
     p.add_argument("--overwrite", action="store_true", help="replace another run in --out")
     p.add_argument("--npz", action="store_true", help="also one samples_NxHxWxC.npz")
@@ -136,6 +142,7 @@ def make_sampler(args: argparse.Namespace, model: Model, device: torch.device) -
         guidance_scale=args.guidance,
         backend=args.backend,
         graphs=args.graphs,
+        fused=args.fused,
     )
 
 
