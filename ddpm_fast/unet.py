@@ -49,7 +49,7 @@ class ResBlock(nn.Module):
         self, config: UNetConfig, channels: int, out_channels: int, resample: str | None = None
     ) -> None:
         super().__init__()
-        dims, width = config.dims, 4 * config.base_channels
+        dims, width = config.dims, config.time_channels[1]
         self.resample = resample
         self.scale_shift = config.scale_shift_norm
         self.norm1 = nn.GroupNorm(config.norm_groups, channels, config.norm_eps)
@@ -83,11 +83,13 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all positions, with a residual connection."""
 
-    def __init__(self, config: UNetConfig, channels: int) -> None:
+    def __init__(self, config: UNetConfig, channels: int, normalised: bool = True) -> None:
         super().__init__()
         self.heads = channels // config.head_channels if config.head_channels else config.num_heads
         self.order = config.qkv_order
-        self.norm = nn.GroupNorm(config.norm_groups, channels, config.norm_eps)
+        self.norm = nn.Identity()
+        if normalised:
+            self.norm = nn.GroupNorm(config.norm_groups, channels, config.norm_eps)
         self.qkv = _conv(config.dims, channels, 3 * channels, 1)
         self.proj = _zero(_conv(config.dims, channels, channels, 1))
 
@@ -128,10 +130,12 @@ class Upsample(nn.Module):
 class Stage(nn.Module):
     """A residual block, and the attention that may follow it."""
 
-    def __init__(self, config: UNetConfig, channels: int, out: int, attention: bool) -> None:
+    def __init__(
+        self, config: UNetConfig, channels: int, out: int, attention: bool, normalised: bool = True
+    ) -> None:
         super().__init__()
         self.block = ResBlock(config, channels, out)
-        self.attention = Attention(config, out) if attention else None
+        self.attention = Attention(config, out, normalised) if attention else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         x = self.block(x, emb)
@@ -154,8 +158,10 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        ch, width = config.base_channels, 4 * config.base_channels
-        self.time_mlp = nn.Sequential(nn.Linear(ch, width), nn.SiLU(), nn.Linear(width, width))
+        ch, (sinusoids, width) = config.base_channels, config.time_channels
+        self.time_mlp = nn.Sequential(
+            nn.Linear(sinusoids, width), nn.SiLU(), nn.Linear(width, width)
+        )
         rows = (config.num_classes or 0) + (config.null_class == "row")
         self.class_embedding = nn.Embedding(rows, width) if config.num_classes else None
         self.conv_in = _conv(config.dims, config.in_channels, ch, 3, padding=1)
@@ -171,12 +177,16 @@ class UNet(nn.Module):
                 self.down.append(self._resampler(config, ch, "down"))
                 skips.append(ch)
         self.middle = nn.ModuleList(
-            [Stage(config, ch, ch, config.mid_attention), Stage(config, ch, ch, False)]
+            [
+                Stage(config, ch, ch, config.mid_attention, config.mid_attention_norm),
+                Stage(config, ch, ch, False),
+            ]
         )
         self.up = nn.ModuleList()
         for level, out in reversed(list(enumerate(config.level_channels))):
-            for _ in range(config.num_res_blocks + 1):
-                attention = config.attention_levels[level]
+            for block in range(config.num_res_blocks + 1):
+                here = config.up_attention == "every" or block == config.num_res_blocks
+                attention = config.attention_levels[level] and here
                 self.up.append(Stage(config, ch + skips.pop(), out, attention))
                 ch = out
             if level > 0:
@@ -191,9 +201,10 @@ class UNet(nn.Module):
         return (Downsample if way == "down" else Upsample)(config, channels)
 
     def embed(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """The activated embedding (N, 4 * base_channels) that every block projects."""
+        """The activated embedding (N, time_channels[1]) that every block projects."""
         c = self.config
-        emb = timestep_embedding(t, c.base_channels, c.embedding_order, c.embedding_shift)
+        t = t if c.timestep_scale == 1 else t * c.timestep_scale
+        emb = timestep_embedding(t, c.time_channels[0], c.embedding_order, c.embedding_shift)
         emb = self.time_mlp(emb.to(self.time_mlp[0].weight.dtype))
         if self.class_embedding is not None:
             if class_labels is None:

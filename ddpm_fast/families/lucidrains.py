@@ -1,0 +1,2 @@
+NAME = "lucidrains/denoising-diffusion-pytorch"
+MARKER = "init_conv.weight"

@@ -1,0 +1,121 @@
+"""What is read out of a foreign checkpoint, and what was chosen on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..arguments import count, one_of
+from ..schedule import PREDICTION_TYPES, VARIANCE_TYPES, NoiseSchedule
+from ..unet_config import NULL_CLASSES, QKV_ORDERS
+
+# What a checkpoint may leave open; each is an argument of load_model and an option of convert.
+HINTS = {
+    "image_size": "height and width that it was trained on",
+    "num_heads": "heads of each attention",
+    "head_channels": "channels of each head, instead of a number of heads",
+    "qkv_order": "layout of the attention's projection",
+    "timesteps": "T of the noise schedule",
+    "schedule": "noise schedule: linear or cosine",
+    "prediction_type": "what the network predicts",
+    "variance_type": "of the reverse process",
+    "rescale_timesteps": "the network was given t * 1000 / T",
+    "null_class": "what the label after the last class means; row: the embedding's last row",
+    "weights": "prefix of the weights to read, where a file holds several sets",
+}
+_OPTIONS = {
+    "qkv_order": QKV_ORDERS,
+    "schedule": ("linear", "cosine"),
+    "prediction_type": PREDICTION_TYPES,
+    "variance_type": VARIANCE_TYPES,
+    "null_class": tuple(name for name in NULL_CLASSES if name != "zero"),
+}
+_COUNTS = {"image_size": 2**16, "num_heads": 2**12, "head_channels": 2**14, "timesteps": 2**20 - 1}
+
+
+class Weights(NamedTuple):
+    """All tensors of a file by their path in it, and the prefix of those of the network."""
+
+    tensors: Mapping[str, Tensor]
+    prefix: str
+
+    def network(self) -> dict[str, Tensor]:
+        n = len(self.prefix)
+        return {k[n:]: v for k, v in self.tensors.items() if k.startswith(self.prefix)}
+
+
+@dataclass
+class Reading:
+    """A foreign checkpoint as one of ours.
+
+    network: without memory yet. tensors: its state dict. The rest as in `checkpoint.Model`.
+    """
+
+    network: nn.Module
+    tensors: dict[str, Tensor]
+    schedule: NoiseSchedule
+    prediction_type: str = "epsilon"
+    variance_type: str = "fixed_small"
+    clip_denoised: bool = True
+
+
+class Choices:
+    """What was asked for, what was chosen, and why: `notes` are short sentences for the user.
+
+    given: some of HINTS; None is not asked for. Raises ValueError for values that are none.
+    """
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.given = {name: value for name, value in given.items() if value is not None}
+        self.notes: list[str] = []
+        for name, value in self.given.items():
+            one_of("an argument for a checkpoint", name, HINTS)
+            if name in _OPTIONS:
+                one_of(name, value, _OPTIONS[name])
+            elif name in _COUNTS:
+                count(name, value, 1, _COUNTS[name])
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
+    def pick(self, name: str, default: Any, why: str) -> Any:
+        """The value asked for, or the default and the reason for it."""
+        option = "--" + name.replace("_", "-")
+        if name in self.given:
+            value = self.given.pop(name)
+            self.note(f"{name} {value}: as asked for")
+            return value
+        self.note(f"{name} {default}: {why} ({option})")
+        return default
+
+    def has(self, name: str) -> bool:
+        return name in self.given
+
+    def refuse_rest(self, family: str) -> None:
+        """ValueError if something was asked for that the checkpoint leaves no choice in."""
+        if self.given:
+            raise ValueError(
+                f"{', '.join(self.given)} cannot be chosen for this checkpoint ({family}): its "
+                f"shapes or its configuration say it"
+            )
+
+
+def pick_schedule(
+    choices: Choices, name: str, timesteps: int, why: str, scaled: bool
+) -> NoiseSchedule:
+    """Ho et al.'s linear schedule, or the cosine one.
+
+    scaled: linear betas are 1000 / T times Ho et al.'s, as OpenAI's code and lucidrains' have it.
+    """
+    timesteps = choices.pick("timesteps", timesteps, why)
+    if choices.pick("schedule", name, why) == "cosine":
+        return NoiseSchedule.cosine(timesteps)
+    scale = 1000 / timesteps if scaled else 1.0
+    return NoiseSchedule.linear(timesteps, scale * 1e-4, scale * 0.02)
+
+
+def pick_prediction(choices: Choices, why: str) -> str:
+    return choices.pick("prediction_type", "epsilon", why)

@@ -1,0 +1,110 @@
+"""PyTorch's own files (.pt, .pth, .bin), read without running anything in them.
+
+Such a file is a pickle, which can ask for any function to be called. torch's restricted unpickler
+builds tensors and plain containers only; what it lets through is checked for size here.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_TENSORS = 100_000
+MAX_DEPTH = 6
+# ermongroup/ddim saves a list; these are the names of its entries.
+LIST = ("model", "optimizer", "epoch", "step", "ema")
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins as PyTorch's do: with a zip archive's or a pickle's first bytes.
+
+    A safetensors file begins with the length of its header, whose eight bytes end in zeros.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+    return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[-2:] != b"\0\0")
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, by their path in its containers: "ema.model.conv_in.weight".
+
+    Raises ValueError in one sentence for a file that is truncated, asks for code, or claims more
+    numbers than it holds.
+    """
+    archive = zipfile.is_zipfile(path)
+    if archive:
+        _check_archive(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about formats of old versions
+            root = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except Exception as error:  # a damaged pickle fails in any way
+        raise ValueError(_sentence(error)) from None
+    if isinstance(root, (list, tuple)):
+        root = dict(zip(LIST, root, strict=False))
+    found = {}
+    for key, value in _tensors(root, "", MAX_DEPTH):
+        if len(found) == MAX_TENSORS:
+            raise ValueError(f"it holds more than {MAX_TENSORS} tensors: it is no model")
+        found[key] = value
+    return found
+
+
+def _check_archive(path: Path) -> None:
+    """PyTorch never compresses: an archive that does could grow without bound."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            entries = file.infolist()
+    except Exception as error:
+        raise ValueError(_sentence(error)) from None
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("its archive is compressed or overlaps itself, as PyTorch's never is")
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, pickle.UnpicklingError):
+        asked = re.search(r"GLOBAL (\S+)|(?:class|function|type) ['\"<]*([\w.]+)", text)
+        if asked and "GLOBAL" in text:
+            return (
+                f"it asks for {ascii(asked[1] or asked[2])[:80]}, and nothing in a file is ever run: "
+                f"save its state dict alone"
+            )
+    return f"it is no readable PyTorch file (truncated or of another format): {text[:200]}"
+
+
+def _tensors(value: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested containers."""
+    if isinstance(value, Tensor):
+        yield path, _checked(value, path)
+        return
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return
+    if depth == 0:
+        return
+    for key, inner in items:
+        if isinstance(inner, (Tensor, dict, list, tuple)) and isinstance(key, (str, int)):
+            yield from _tensors(inner, f"{path}.{key}" if path else str(key), depth - 1)
+
+
+def _checked(value: Tensor, path: str) -> Tensor:
+    """The tensor, if every number of it is in the file."""
+    plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided
+    if not plain or value.device.type != "cpu" or value.is_quantized:
+        raise ValueError(f"{ascii(path)[:80]} in it is no plain tensor")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"{ascii(path)[:80]} in it claims more numbers than the file holds")
+    return value.detach()
