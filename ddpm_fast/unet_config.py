@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from .arguments import count, one_of, real, shown
+from .arguments import count, from_fields, one_of, real, shown
 
 EMBEDDING_ORDERS = ("sin_cos", "cos_sin", "interleaved")
 QKV_ORDERS = ("qkv", "heads")
@@ -217,11 +217,4 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
         """The configuration of `to_dict`; ValueError in one sentence if it is none."""
-        if not isinstance(values, dict):
-            raise ValueError(f"a U-Net's config must be a dict, but it is {shown(values)}.")
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"unknown U-Net fields {shown(unknown)}; this file needs a newer ddpm_fast"
-            )
-        return cls(**values)
+        return from_fields(cls, values)
