@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -212,7 +213,7 @@ class LucidUNet(nn.Module):
         )
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 7, padding=3)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for level, (narrow, wide) in enumerate(zip(widths, widths[1:], strict=False)):
+        for level, (narrow, wide) in enumerate(pairwise(widths)):
             # Four pixels become four channels, in the order that pixel_unshuffle has.
             resample = (
                 nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * narrow, wide, 1))

@@ -26,11 +26,11 @@ LIST = ("model", "optimizer", "epoch", "step", "ema")
 def is_pickle(path: Path) -> bool:
     """Whether a file begins as PyTorch's do: with a zip archive's or a pickle's first bytes.
 
-    A safetensors file begins with the length of its header, whose eight bytes end in zeros.
+    The length that a safetensors file begins with may look like those; its ninth byte is a brace.
     """
     with path.open("rb") as file:
-        start = file.read(8)
-    return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[-2:] != b"\0\0")
+        start = file.read(9)
+    return start.startswith((b"PK\x03\x04", b"\x80")) and start[8:] != b"{"
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -42,10 +42,17 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     archive = zipfile.is_zipfile(path)
     if archive:
         _check_archive(path)
+    # Named so, torch takes a file for safetensors: it must not see the name.
+    renamed = path.suffix == ".safetensors"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")  # about formats of old versions
-            root = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+            root = torch.load(
+                file if renamed else path,
+                map_location="cpu",
+                weights_only=True,
+                mmap=archive and not renamed,  # so that what is not used is not read
+            )
     except Exception as error:  # a damaged pickle fails in any way
         raise ValueError(_sentence(error)) from None
     if isinstance(root, (list, tuple)):
@@ -72,13 +79,12 @@ def _check_archive(path: Path) -> None:
 
 def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if isinstance(error, pickle.UnpicklingError):
-        asked = re.search(r"GLOBAL (\S+)|(?:class|function|type) ['\"<]*([\w.]+)", text)
-        if asked and "GLOBAL" in text:
-            return (
-                f"it asks for {ascii(asked[1] or asked[2])[:80]}, and nothing in a file is ever run: "
-                f"save its state dict alone"
-            )
+    asked = re.search(r"GLOBAL (\S+)", text)
+    if isinstance(error, pickle.UnpicklingError) and asked:
+        return (
+            f"it asks for {ascii(asked[1])[:80]}, and nothing in a file is ever run: save a state "
+            f"dict alone"
+        )
     return f"it is no readable PyTorch file (truncated or of another format): {text[:200]}"
 
 

@@ -151,8 +151,8 @@ class UNetConfig:
         embedding = self.embedding_channels or self.base_channels
         if embedding % 2 or embedding / 2 <= self.embedding_shift:
             raise ValueError(
-                f"the embedding's channels (base_channels, or embedding_channels) must be even, and "
-                f"half of them above embedding_shift ({self.embedding_shift}), got {embedding}"
+                f"base_channels (or embedding_channels) must be even, and half of it above "
+                f"embedding_shift ({self.embedding_shift}), got {embedding}"
             )
         for mult, channels in zip(self.channel_mult, self.level_channels, strict=True):
             if channels < 1 or abs(self.base_channels * mult - channels) > 1e-6 * channels:

@@ -96,9 +96,9 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
 
     path = tmp_path / "a.safetensors"
     path.write_bytes(pickle.dumps(Hostile()))
-    refuses(path, "not a readable safetensors file")
+    refuses(path, "asks for 'posix.mkdir', and nothing in a file is ever run")
     torch.save({"w": torch.zeros(3), "x": Hostile()}, path)
-    refuses(path, "not a readable safetensors file")
+    refuses(path, "asks for 'posix.mkdir', and nothing in a file is ever run")
     assert not (tmp_path / "executed").exists()
 
 
@@ -145,7 +145,7 @@ def test_another_program_s_safetensors_is_named(tmp_path):
     path = tmp_path / "a.safetensors"
     for metadata in (None, {"format": "pt"}, {"format": "x\ny" * 1000}):
         save_file({"w": torch.zeros(3)}, path, metadata)
-        refuses(path, "not a ddpm_fast model")
+        refuses(path, "of no known family .*: its 1 tensors could not be placed: 'w'")
 
 
 @pytest.mark.parametrize(

@@ -11,26 +11,52 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..tensor_files import read_any
 from . import diffusers, ho, lucidrains, openai, score_sde, w86763777
 from .layout import listed
-from .reading import Choices, Reading, Weights
+from .reading import ChoiceError, Choices, Reading, Weights
 
 # A bare state dict of diffusers' lacks the configuration that its folder has.
 FAMILIES = (openai, ho, score_sde, w86763777, lucidrains)
 
 
-def read_tensors(tensors: Mapping[str, Tensor], choices: Choices, stem: str) -> Reading:
-    """The model of a file's tensors, by their path in it; `stem` is the file's name.
+def read(path: Path, choices: Choices) -> tuple[Reading, list[Path]]:
+    """The model at `path`, and the files it was read from.
 
-    Raises ValueError in one sentence for what is none, naming the tensors that have no place.
+    path: a file of any family, or a diffusers folder. Raises ValueError in one sentence for what is
+    none, naming the tensors that have no place.
     """
+    if path.is_dir():
+        found = diffusers.find(path)
+        file = diffusers.weights_file(found[0])
+        tensors = read_any(file)
+    else:
+        file, tensors = path, read_any(path)
+        # The weights in a diffusers folder, given by themselves.
+        found = diffusers.find(path.parent) if diffusers.MARKER in tensors else None
+    if found is None:
+        reading, read = _read_tensors(tensors, choices, path.stem), [path]
+    else:
+        unet, scheduler = found
+        choices.note(f"family {diffusers.NAME}: it has a config.json")
+        config = diffusers.read_json(unet / "config.json")
+        process = None if scheduler is None else diffusers.read_json(scheduler)
+        reading = diffusers.read(tensors, config, process, choices)
+        reading.family = diffusers.NAME
+        read = [file, unet / "config.json", *([scheduler] if scheduler else [])]
+    choices.refuse_rest(reading.family)
+    return reading, read
+
+
+def _read_tensors(tensors: Mapping[str, Tensor], choices: Choices, stem: str) -> Reading:
+    """The model of a file's tensors, by their path in it; `stem` is the file's name."""
     for family in FAMILIES:
         prefixes = [k[: -len(family.MARKER)] for k in tensors if _ends_with(k, family.MARKER)]
         if prefixes:
             choices.note(f"family {family.NAME}: it has {family.MARKER}")
             prefix = _pick_prefix(prefixes, choices)
             reading = family.read(Weights(tensors, prefix), choices, stem)
-            choices.refuse_rest(family.NAME)
+            reading.family = family.NAME
             return reading
     if any(_ends_with(key, diffusers.MARKER) for key in tensors):
         raise ValueError("it is a diffusers network without its config.json: give the folder")
@@ -39,18 +65,6 @@ def read_tensors(tensors: Mapping[str, Tensor], choices: Choices, stem: str) -> 
         f"it is of no known family (ddpm_fast, {known}): its {len(tensors)} tensors could not be "
         f"placed: {listed(tensors) or 'there are none'}"
     )
-
-
-def read_folder(
-    tensors: Mapping[str, Tensor], unet: Path, scheduler: Path | None, choices: Choices
-) -> Reading:
-    """The model of a diffusers folder's tensors and configurations."""
-    choices.note(f"family {diffusers.NAME}: it is a folder with a config.json")
-    config = diffusers.read_json(unet / "config.json")
-    process = None if scheduler is None else diffusers.read_json(scheduler)
-    reading = diffusers.read(tensors, config, process, choices)
-    choices.refuse_rest(diffusers.NAME)
-    return reading
 
 
 def _ends_with(key: str, marker: str) -> bool:
@@ -72,4 +86,5 @@ def _pick_prefix(prefixes: list[str], choices: Choices) -> str:
     for prefix in prefixes:
         if prefix.rstrip(".") == str(chosen).rstrip("."):
             return prefix
-    raise ValueError(f"it has no weights {chosen!r}; it has {listed(p.rstrip('.') for p in prefixes)}")
+    there = listed(p.rstrip(".") for p in prefixes)
+    raise ChoiceError(f"it has no weights {chosen!r}; it has {there}")

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import shown
+from ..tensor_files import WEIGHT_DTYPES
 from ..unet import Stage, UNet
 from ..unet_config import UNetConfig
 
 # The name of a module there; three names where it keeps queries, keys and values apart.
 Name = str | tuple[str, str, str]
 Names = Mapping[str, Name]
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Place(NamedTuple):

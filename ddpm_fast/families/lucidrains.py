@@ -166,7 +166,9 @@ def names(network: LucidUNet) -> dict[str, Name]:
             ours, theirs = f"{way}.{index}", f"{way}s.{index}"
             block(f"{ours}.block1", f"{theirs}.0")
             block(f"{ours}.block2", f"{theirs}.1")
-            attention(f"{ours}.attention", f"{theirs}.2", full[index if way == "down" else last - index])
+            attention(
+                f"{ours}.attention", f"{theirs}.2", full[index if way == "down" else last - index]
+            )
             # At the lowest level, and after the highest, it is a convolution alone.
             found[f"{ours}.resample.1"] = f"{theirs}.3" + ("" if index == last else ".1")
     block("middle1", "mid_block1")

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from ..unet import Stage, UNet
 from ..unet_config import UNetConfig
-from .layout import Name, count_parts, down_path, ends, meta_unet, modules, places, shape_of, to_ours
+from .layout import (
+    Name,
+    count_parts,
+    down_path,
+    ends,
+    meta_unet,
+    modules,
+    places,
+    shape_of,
+    to_ours,
+)
 from .reading import Choices, Reading, Weights, pick_prediction, pick_schedule
 
 NAME = "OpenAI improved-/guided-diffusion"
@@ -109,7 +119,9 @@ def _pick_attention(
     choices: Choices, fields: dict[str, Any], released: Mapping[str, Any], why: str
 ) -> None:
     """num_heads or head_channels, and qkv_order: the projection has the same shape in all cases."""
-    if choices.has("head_channels") or ("head_channels" in released and not choices.has("num_heads")):
+    if choices.has("head_channels") or (
+        "head_channels" in released and not choices.has("num_heads")
+    ):
         fields["head_channels"] = choices.pick("head_channels", released.get("head_channels"), why)
     else:
         heads = (DEFAULTS | released)["num_heads"]

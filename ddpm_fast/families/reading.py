@@ -36,6 +36,10 @@ _OPTIONS = {
 _COUNTS = {"image_size": 2**16, "num_heads": 2**12, "head_channels": 2**14, "timesteps": 2**20 - 1}
 
 
+class ChoiceError(ValueError):
+    """What was asked for is no choice; not the checkpoint's fault."""
+
+
 class Weights(NamedTuple):
     """All tensors of a file by their path in it, and the prefix of those of the network."""
 
@@ -51,7 +55,8 @@ class Weights(NamedTuple):
 class Reading:
     """A foreign checkpoint as one of ours.
 
-    network: without memory yet. tensors: its state dict. The rest as in `checkpoint.Model`.
+    network: without memory yet. tensors: its state dict. family: a module's NAME. The rest as in
+    `checkpoint.Model`.
     """
 
     network: nn.Module
@@ -60,6 +65,7 @@ class Reading:
     prediction_type: str = "epsilon"
     variance_type: str = "fixed_small"
     clip_denoised: bool = True
+    family: str = ""
 
 
 class Choices:
@@ -71,12 +77,15 @@ class Choices:
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given = {name: value for name, value in given.items() if value is not None}
         self.notes: list[str] = []
-        for name, value in self.given.items():
-            one_of("an argument for a checkpoint", name, HINTS)
-            if name in _OPTIONS:
-                one_of(name, value, _OPTIONS[name])
-            elif name in _COUNTS:
-                count(name, value, 1, _COUNTS[name])
+        try:
+            for name, value in self.given.items():
+                one_of("an argument for a checkpoint", name, HINTS)
+                if name in _OPTIONS:
+                    one_of(name, value, _OPTIONS[name])
+                elif name in _COUNTS:
+                    count(name, value, 1, _COUNTS[name])
+        except ValueError as error:
+            raise ChoiceError(str(error)) from None
 
     def note(self, sentence: str) -> None:
         self.notes.append(sentence)
@@ -95,9 +104,9 @@ class Choices:
         return name in self.given
 
     def refuse_rest(self, family: str) -> None:
-        """ValueError if something was asked for that the checkpoint leaves no choice in."""
+        """ChoiceError if something was asked for that the checkpoint leaves no choice in."""
         if self.given:
-            raise ValueError(
+            raise ChoiceError(
                 f"{', '.join(self.given)} cannot be chosen for this checkpoint ({family}): its "
                 f"shapes or its configuration say it"
             )
