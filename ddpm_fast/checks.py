@@ -152,6 +152,10 @@ def disjoint(name_a: str, a: Tensor, name_b: str, b: Tensor | None) -> None:
     )
 
 
+def _twice(guided: bool) -> str:
+    return ", with twice the samples (conditional, then unconditional)" if guided else ""
+
+
 def _model_channels(x_t: Tensor, model_output: Tensor, guided: bool) -> int:
     """The channels of model_output: C, or 2 C with a learned variance."""
     require_device("model_output", model_output, x_t)
@@ -165,11 +169,10 @@ def _model_channels(x_t: Tensor, model_output: Tensor, guided: bool) -> int:
         and model_output.shape[2:] == x_t.shape[2:]
         and found in (channels, 2 * channels)
     )
-    twice = ", with twice the samples (conditional, then unconditional)" if guided else ""
     require(
         same,
-        f"model_output must have the shape of x_t, {_shape(x_t)}{twice}, and C or 2 C channels,"
-        f" but it is {_shape(model_output)}.",
+        f"model_output must have the shape of x_t, {_shape(x_t)}{_twice(guided)}, and C or 2 C"
+        f" channels, but it is {_shape(model_output)}.",
     )
     return found
 
@@ -202,11 +205,11 @@ def _optional(
     if next_input is not None:
         require_dtype("next_input", next_input, *MODEL_DTYPES)
         require_device("next_input", next_input, x_t)
-        rows = len(x_t) if guidance_scale is None else 2 * len(x_t)
-        wanted = (rows, *x_t.shape[1:])
+        guided = guidance_scale is not None
         require(
-            next_input.shape == wanted,
-            f"next_input must have the shape {wanted}, but it is {_shape(next_input)}.",
+            next_input.shape == (len(x_t) * (2 if guided else 1), *x_t.shape[1:]),
+            f"next_input must have the shape of x_t, {_shape(x_t)}{_twice(guided)}, but it is"
+            f" {_shape(next_input)}.",
         )
 
 

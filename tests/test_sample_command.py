@@ -112,7 +112,7 @@ def test_the_shipped_model_draws_digits(tmp_path, capsys):
     one, zero = (pixels(tmp_path / "images" / f"00000{i}.png") for i in (0, 1))
     assert status == 0 and one.shape == (28, 28)
     # Digits are bright strokes on black, and a zero has more ink than a one.
-    assert np.median(one) == 0 and one.max() > 200 and zero.max() > 200
+    assert np.median(one) < 10 and one.max() > 200 and zero.max() > 200
     assert zero.mean() > one.mean()
 
 
