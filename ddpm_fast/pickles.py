@@ -78,6 +78,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _sentence(error: Exception) -> str:
+    """torch's reason, without its advice to run what is in the file."""
     text = " ".join(str(error).split())
     asked = re.search(r"GLOBAL (\S+)", text)
     if isinstance(error, pickle.UnpicklingError) and asked:
@@ -85,7 +86,9 @@ def _sentence(error: Exception) -> str:
             f"it asks for {ascii(asked[1])[:80]}, and nothing in a file is ever run: save a state "
             f"dict alone"
         )
-    return f"it is no readable PyTorch file (truncated or of another format): {text[:200]}"
+    text = text.partition("WeightsUnpickler error: ")[2] or text
+    reason = text.partition(" Check the documentation")[0][:150]
+    return f"it is no readable PyTorch file (truncated or of another format): {reason}"
 
 
 def _tensors(value: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor]]:

@@ -105,6 +105,7 @@ def record(
     """run.json: what decides the pictures, and what can change a last bit of them."""
     decides = {
         "model_sha256": model.sha256,
+        "conventions": model.conventions,
         "schedule": model.schedule.config(),
         **sampler.plan.describe(),
         "init": None if init is None else init.checksums,
@@ -139,7 +140,10 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--init and --strength belong together: give both, or neither")
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
+    say = (lambda text: None) if args.quiet else print
     model = load_model(args.model, device)
+    for sentence in model.conventions:
+        say(sentence)
     sampler = Sampler.from_model(
         model,
         dtype=dtype,
@@ -151,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         eta=args.eta,
         use_clipped_model_output=args.use_clipped_model_output,
         variance_type=args.variance,
-        clip_denoised=not args.no_clip,
+        clip_denoised=False if args.no_clip else None,
         guidance_scale=args.guidance,
         backend=args.backend,
         graphs=args.graphs,
@@ -166,7 +170,6 @@ def main(argv: list[str] | None = None) -> int:
     run = record(args, model, sampler, classes, init)
     output = Output(args, sampler.sample_shape)
     output.prepare(run)
-    say = (lambda text: None) if args.quiet else print
     if args.graphs and not sampler.graphs:
         why = "nothing to capture on a CPU" if device.type == "cpu" else sampler.backend_reason
         say(f"--graphs: {why}; sampling step by step")

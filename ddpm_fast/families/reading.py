@@ -26,14 +26,14 @@ HINTS = {
     "null_class": "what the label after the last class means; row: the embedding's last row",
     "weights": "prefix of the weights to read, where a file holds several sets",
 }
-_OPTIONS = {
+OPTIONS = {
     "qkv_order": QKV_ORDERS,
     "schedule": ("linear", "cosine"),
     "prediction_type": PREDICTION_TYPES,
     "variance_type": VARIANCE_TYPES,
     "null_class": tuple(name for name in NULL_CLASSES if name != "zero"),
 }
-_COUNTS = {"image_size": 2**16, "num_heads": 2**12, "head_channels": 2**14, "timesteps": 2**20 - 1}
+COUNTS = {"image_size": 2**16, "num_heads": 2**12, "head_channels": 2**14, "timesteps": 2**20 - 1}
 
 
 class ChoiceError(ValueError):
@@ -80,10 +80,10 @@ class Choices:
         try:
             for name, value in self.given.items():
                 one_of("an argument for a checkpoint", name, HINTS)
-                if name in _OPTIONS:
-                    one_of(name, value, _OPTIONS[name])
-                elif name in _COUNTS:
-                    count(name, value, 1, _COUNTS[name])
+                if name in OPTIONS:
+                    one_of(name, value, OPTIONS[name])
+                elif name in COUNTS:
+                    count(name, value, 1, COUNTS[name])
         except ValueError as error:
             raise ChoiceError(str(error)) from None
 
@@ -92,7 +92,7 @@ class Choices:
 
     def pick(self, name: str, default: Any, why: str) -> Any:
         """The value asked for, or the default and the reason for it."""
-        option = "--" + name.replace("_", "-")
+        option = "convert --" + name.replace("_", "-")
         if name in self.given:
             value = self.given.pop(name)
             self.note(f"{name} {value}: as asked for")
