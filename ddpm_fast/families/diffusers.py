@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arguments import one_of, shown
+from ..arguments import count, one_of, shown
 from ..schedule import PREDICTION_TYPES, NoiseSchedule
 from ..unet import Stage, UNet
 from ..unet_config import UNetConfig
@@ -90,6 +90,8 @@ ONLY = {
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None,),
     "downsample_padding": (0, 1),
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
 }
 # Schedulers' fields likewise: they change the steps themselves.
 SCHEDULER_ONLY = {
@@ -201,6 +203,7 @@ def _fields(config: Mapping[str, Any], choices: Choices) -> dict[str, Any]:
         raise ValueError("time_embedding_dim of the network is not supported")
     attention, updown = _levels(config)
     in_channels, out_channels = config["in_channels"], config["out_channels"]
+    count("in_channels", in_channels, 1, 2**12)
     if out_channels not in (in_channels, 2 * in_channels):
         raise ValueError(f"it takes {shown(in_channels)} channels and gives {shown(out_channels)}")
     scale_shift = config["resnet_time_scale_shift"] == "scale_shift"
@@ -213,7 +216,7 @@ def _fields(config: Mapping[str, Any], choices: Choices) -> dict[str, Any]:
         "image_size", size if known else 32, "its config.json" if known else "a guess, none given"
     )
     return _classes(config, choices) | {
-        "sample_size": tuple(size) if isinstance(size, (list, tuple)) else (size, size),
+        "sample_size": _two(size),
         "in_channels": in_channels,
         "learn_sigma": out_channels != in_channels,
         "base_channels": channels[0],
@@ -232,6 +235,15 @@ def _fields(config: Mapping[str, Any], choices: Choices) -> dict[str, Any]:
         "scale_shift_norm": scale_shift,
         "resblock_updown": updown,
     }
+
+
+def _two(size: Any) -> tuple[Any, Any]:
+    """Height and width of a sample_size, which may be one number."""
+    if not isinstance(size, (list, tuple)):
+        return size, size
+    if len(size) != 2:
+        raise ValueError(f"sample_size of its configuration is {shown(size)}, not two numbers")
+    return tuple(size)
 
 
 def _classes(config: Mapping[str, Any], choices: Choices) -> dict[str, Any]:
@@ -254,8 +266,8 @@ def _levels(config: Mapping[str, Any]) -> tuple[tuple[bool, ...], bool]:
     # The last block of each way has no resampler.
     ways = {way or config["downsample_type"] for _, way in down[:-1]}
     ways |= {way or config["upsample_type"] for _, way in up[:-1]}
-    if len(ways) > 1 or not ways <= {"conv", "resnet"}:
-        raise ValueError(f"its levels resample in different ways ({shown(sorted(map(str, ways)))})")
+    if len(ways) > 1:
+        raise ValueError("its levels resample in different ways: not supported")
     return attention, ways == {"resnet"}
 
 

@@ -107,16 +107,15 @@ def to_ours(network: nn.Module, names: Names, theirs: Mapping[str, Tensor]) -> d
 
 def _fitted(parts: list[Tensor], keys: list[str], shape: torch.Size) -> Tensor:
     """The parts, one below the other, in `shape`: a linear layer is a convolution of size 1."""
+    wanted = (shape[0] // len(parts), *shape[1:])
     for key, part in zip(keys, parts, strict=True):
         if part.dtype not in WEIGHT_DTYPES:
             raise ValueError(f"{shown(key)} is of {part.dtype}, which is no weight")
-        rows = shape[0] // len(parts)
-        if _bare((rows, *shape[1:])) != _bare(part.shape):
+        if _bare(part.shape) != _bare(wanted):
             raise ValueError(
-                f"{shown(key)} has shape {tuple(part.shape)} where the others ask for "
-                f"{(rows, *shape[1:])}"
+                f"{shown(key)} has shape {tuple(part.shape)} where the others ask for {wanted}"
             )
-    return torch.cat(parts).reshape(shape) if len(parts) > 1 else parts[0].reshape(shape).clone()
+    return torch.cat([part.reshape(wanted) for part in parts])
 
 
 def _bare(shape: Iterable[int]) -> tuple[int, ...]:
