@@ -68,7 +68,7 @@ def test_a_truncated_file_is_refused_at_any_length(tmp_path):
         whole = path.read_bytes()
         for length in sorted({1, 2, 3, 4, 5, len(whole) - 1, *range(9, len(whole), 41)}):
             path.write_bytes(whole[:length])
-            refuses(path, "no readable PyTorch file|asks for 'torch|not a readable safetensors")
+            refuses(path, "no readable PyTorch file|asks for '|not a readable safetensors")
 
 
 def test_more_numbers_than_the_file_holds_are_refused(tmp_path):
@@ -123,10 +123,10 @@ def test_thousands_of_mutated_files_are_sentences():
     """In a process of its own, so that a crash would show, and with it the memory it took."""
     here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, here / "checkpoint_fuzz.py", "2000", "0"],
+        [sys.executable, here / "checkpoint_fuzz.py", "3000", "0"],
         env={**os.environ, "PYTHONPATH": str(here.parent)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert '"files": 2000' in done.stdout
+    assert '"files": 3000' in done.stdout
