@@ -9,6 +9,7 @@ inline constexpr int kCoefficients = 16;        // floats in a row of the step's
 inline constexpr int kIndexColumns = 4;         // timestep, noise step, flags, spare
 inline constexpr int32_t kLearnedVariance = 1;  // a bit of the flags
 inline constexpr int64_t kMaxElements = int64_t{1} << 34;  // a 32-bit counter of four elements
+inline constexpr int64_t kMaxStep = int64_t{1} << 20, kMaxStream = int64_t{1} << 12;
 inline constexpr int64_t kChunk = 4096;  // elements of one sample, the unit of parallel work
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
@@ -34,6 +35,7 @@ struct QSampleArgs {
   Layout layout;  // of all four
   int64_t samples, channels, pixels, table_rows;
   int32_t stream;
+  bool past_caches;  // on a CPU: write the results straight to memory
 };
 
 struct StepArgs {
@@ -42,7 +44,7 @@ struct StepArgs {
   const void* model_output;
   const float* noise;           // or null: drawn in registers
   float* previous;              // or null: read for c2, then overwritten by pred_xstart
-  const float* guidance_scale;  // or null: model_output then has 2 * samples rows
+  const float* guidance_scale;  // or null; with it model_output has 2 * samples rows
   const float* coefficients;    // (table_rows, 16)
   const int32_t* index;         // (table_rows, 4)
   const int64_t *row, *seed, *sample_index;
@@ -50,7 +52,7 @@ struct StepArgs {
   Layout out_layout, x_layout, model_layout, noise_layout, previous_layout;
   int64_t samples, channels, pixels, table_rows;
   DType model_dtype;
-  int32_t model_channels;  // channels, or twice that with learned variances
+  int64_t model_channels;  // channels, or twice that with learned variances
   // or null: x_prev once more, as the network's next input; twice `samples` rows where
   // guidance_scale is given, the second half equal to the first.
   void* next_input;

@@ -4,12 +4,11 @@
 
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 #include "kernels.h"
 
 namespace ddpm_fast {
-
-inline constexpr int64_t kMaxStep = int64_t{1} << 20, kMaxStream = int64_t{1} << 12;
 
 // Torch's own check would put the source file's path into the message.
 template <class... Parts>
@@ -21,15 +20,27 @@ void require(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-// [first, last) of the bytes that a and b reach.
+// [first, last) of the bytes that an argument reaches.
 struct Bytes {
+  const char* name;
   uintptr_t first, last;
 };
 
-inline void require_disjoint(const char* name_a, Bytes a, const char* name_b, Bytes b) {
-  const bool empty = a.first == a.last || b.first == b.last;
-  require(empty || a.last <= b.first || b.last <= a.first, name_a, " is written while ", name_b,
-          " is read, so they must not share memory; pass a clone.");
+// The first `written` of `all` share memory with nothing else.
+inline void require_separate(const std::vector<Bytes>& all, size_t written) {
+  for (size_t i = 0; i < written; ++i) {
+    for (size_t j = i + 1; j < all.size(); ++j) {
+      const Bytes &a = all[i], &b = all[j];
+      const bool empty = a.first == a.last || b.first == b.last;
+      require(empty || a.last <= b.first || b.last <= a.first, a.name, " is written while ", b.name,
+              " is read, so they must not share memory; pass a clone.");
+    }
+  }
+}
+
+inline void require_aligned(const char* name, const void* data, size_t element_size) {
+  require(reinterpret_cast<uintptr_t>(data) % element_size == 0, name,
+          " must begin at a multiple of its elements' ", element_size, " bytes; pass a copy.");
 }
 
 inline void require_elements(int64_t elements) {
@@ -67,6 +78,14 @@ inline void require_rows(const StepArgs& args, bool has_previous) {
     require(!multistep || has_previous, "row ", row,
             " uses the previous pred_xstart; pass previous_pred_xstart.");
   }
+}
+
+// What a CPU's caller does with the sample that a kernel returned; the first report stays.
+inline void report_not_finite(const StepArgs& args, int64_t sample) {
+  if (args.status == nullptr || args.status[0] != 0) return;
+  args.status[0] = static_cast<int32_t>(Status::kNotFinite);
+  args.status[1] = static_cast<int32_t>(args.row[sample]);
+  args.status[2] = static_cast<int32_t>(sample);
 }
 
 }  // namespace ddpm_fast

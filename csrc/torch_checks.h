@@ -49,6 +49,14 @@ inline std::string shape_text(const Tensor& t) {
 inline void require_dtype(const char* name, const Tensor& t, ScalarType dtype) {
   require(t.scalar_type() == dtype, name, " must be ", dtype_name(dtype), ", but it is ",
           dtype_name(t.scalar_type()), ".");
+  require_aligned(name, t.const_data_ptr(), t.element_size());
+}
+
+// x_t (N, C, ...) or x_start (N, ...).
+inline void require_state(const char* name, const Tensor& t, int64_t dimensions) {
+  require_dtype(name, t, ScalarType::Float);
+  require(t.dim() >= dimensions, name, " must have the shape (N, ", dimensions > 1 ? "C, " : "",
+          "...), but it is ", shape_text(t), ".");
 }
 
 inline void require_device(const char* name, const Tensor& t, const Tensor& like) {
@@ -115,17 +123,12 @@ inline std::optional<Layout> layout_of(const Tensor& t) {
 // `t` itself, or a contiguous copy if the kernels cannot walk it; never for a tensor written to.
 inline Tensor walkable(const Tensor& t) { return layout_of(t) ? t : torch::stable::contiguous(t); }
 
-inline Bytes bytes_of(const Tensor& t) {
+inline Bytes bytes_of(const char* name, const Tensor& t) {
   const auto first = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  if (t.numel() == 0) return {first, first};
+  if (t.numel() == 0) return {name, first, first};
   int64_t last = 0;
   for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-  return {first, first + static_cast<uintptr_t>(last + 1) * t.element_size()};
-}
-
-inline void require_disjoint(const char* name_a, const Tensor& a, const char* name_b,
-                             const Tensor& b) {
-  require_disjoint(name_a, bytes_of(a), name_b, bytes_of(b));
+  return {name, first, first + static_cast<uintptr_t>(last + 1) * t.element_size()};
 }
 
 // Whether no two elements share an address: from the narrowest stride on, each dimension clears
@@ -148,7 +151,8 @@ inline bool is_distinct(const Shape& shape, const Layout& layout) {
 inline Layout writable(const char* name, const Tensor& t) {
   const std::optional<Layout> layout = layout_of(t);
   require(layout && is_distinct(Shape(t), *layout), name,
-          " is written, so it must be contiguous or channels_last; pass a tensor that is.");
+          " is written, so it must be contiguous, channels_last or a slice of such a tensor; pass "
+          "one that is.");
   return *layout;
 }
 

@@ -49,6 +49,10 @@ Tensor randn(Tensor seed, Tensor sample_index, std::vector<int64_t> shape, int64
   return out;
 }
 
+// Bytes of results that will not be found in a cache by whoever reads them next; written past the
+// caches, their places need not be read first.
+constexpr int64_t kBeyondCaches = int64_t{1} << 24;
+
 // `t`, or a copy of it in the memory order of `like`.
 Tensor ordered_like(const Tensor& like, const Tensor& t) {
   for (int64_t i = 0; i < t.dim(); ++i) {
@@ -74,8 +78,7 @@ void run_q_sample(const QSampleArgs& args, const Tensor& x_t) {
 
 std::tuple<Tensor, Tensor> q_sample(Tensor x_start, Tensor coefficients, Tensor timesteps,
                                     Tensor seed, Tensor sample_index, std::optional<Tensor> noise) {
-  require_dtype("x_start", x_start, ScalarType::Float);
-  require(x_start.dim() >= 1, "x_start must have the samples as its first dimension.");
+  require_state("x_start", x_start, 1);
   const Shape shape(x_start);
   require_elements(shape.elements());
   coefficients = table("coefficients", coefficients, ScalarType::Float, 2, x_start);
@@ -84,9 +87,15 @@ std::tuple<Tensor, Tensor> q_sample(Tensor x_start, Tensor coefficients, Tensor 
   sample_index = per_sample("sample_index", sample_index, shape.samples, x_start);
   Tensor x_t = torch::stable::empty_like(x_start);
   const std::optional<Layout> layout = layout_of(x_t);
-  if (!layout)
-    return q_sample(torch::stable::contiguous(x_start), coefficients, timesteps, seed, sample_index,
-                    noise);
+  if (!layout) {  // the results lie like x_start all the same
+    auto [result, drawn] = q_sample(torch::stable::contiguous(x_start), coefficients, timesteps,
+                                    seed, sample_index, noise);
+    if (!noise) {
+      Tensor lying = torch::stable::empty_like(x_start);
+      drawn = torch::stable::copy_(lying, drawn);
+    }
+    return {torch::stable::copy_(x_t, result), drawn};
+  }
   // One layout serves all four: where they differ (a slice, say), the inputs are copied.
   x_start = ordered_like(x_t, x_start);
   if (noise) {
@@ -110,7 +119,8 @@ std::tuple<Tensor, Tensor> q_sample(Tensor x_start, Tensor coefficients, Tensor 
                          shape.channels,
                          shape.pixels,
                          coefficients.size(0),
-                         1};
+                         1,
+                         4 * x_t.numel() * (noise ? 1 : 2) >= kBeyondCaches};
   run_q_sample(args, x_t);
   return {x_t, drawn};
 }

@@ -6,13 +6,14 @@
 namespace ddpm_fast {
 namespace {
 
-// The optional tensors of a step, and what is checked about all arguments but x_t's output.
+// The operators' arguments.
 struct StepInputs {
   Tensor x_t, model_output, coefficients, index, row, seed, sample_index;
   std::optional<Tensor> noise, guidance_scale, previous, status, next_input;
 };
 
 DType network_dtype(const char* name, const Tensor& t) {
+  require_aligned(name, t.const_data_ptr(), t.element_size());
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -29,7 +30,7 @@ DType network_dtype(const char* name, const Tensor& t) {
 }
 
 // The channels of model_output: C, or 2 C with a learned variance.
-int32_t model_channels(const StepInputs& in, const Shape& shape) {
+int64_t model_channels(const StepInputs& in, const Shape& shape) {
   const Tensor &x = in.x_t, &model = in.model_output;
   const int64_t samples = in.guidance_scale ? 2 * shape.samples : shape.samples;
   bool same = model.dim() == x.dim() && model.size(0) == samples;
@@ -39,7 +40,7 @@ int32_t model_channels(const StepInputs& in, const Shape& shape) {
   require(same, "model_output must have the shape of x_t, ", shape_text(x),
           in.guidance_scale ? ", with twice the samples (conditional, then unconditional)" : "",
           ", and C or 2 C channels, but it is ", shape_text(model), ".");
-  return static_cast<int32_t>(channels);
+  return channels;
 }
 
 void check_optional(const StepInputs& in) {
@@ -58,9 +59,6 @@ void check_optional(const StepInputs& in) {
     require_dtype("previous_pred_xstart", *in.previous, ScalarType::Float);
     require_device("previous_pred_xstart", *in.previous, in.x_t);
     require_same_shape("previous_pred_xstart", *in.previous, "x_t", in.x_t);
-    require_disjoint("previous_pred_xstart", *in.previous, "x_t", in.x_t);
-    require_disjoint("previous_pred_xstart", *in.previous, "model_output", in.model_output);
-    if (in.noise) require_disjoint("previous_pred_xstart", *in.previous, "noise", *in.noise);
   }
   if (in.status) {
     require_dtype("status", *in.status, ScalarType::Int);
@@ -80,10 +78,27 @@ void check_next_input(const StepInputs& in) {
   require(same, "next_input must have the shape of x_t, ", shape_text(x),
           in.guidance_scale ? ", with twice the samples (conditional, then unconditional)" : "",
           ", but it is ", shape_text(next), ".");
-  require_disjoint("next_input", next, "x_t", x);
-  require_disjoint("next_input", next, "model_output", in.model_output);
-  if (in.noise) require_disjoint("next_input", next, "noise", *in.noise);
-  if (in.previous) require_disjoint("next_input", next, "previous_pred_xstart", *in.previous);
+}
+
+void check_memory(const StepInputs& in, bool in_place) {
+  std::vector<Bytes> all;
+  auto add = [&](const char* name, const std::optional<Tensor>& t) {
+    if (t) all.push_back(bytes_of(name, *t));
+  };
+  add("previous_pred_xstart", in.previous);
+  add("next_input", in.next_input);
+  add("status", in.status);
+  const size_t written = all.size() + (in_place ? 1 : 0);
+  add("x_t", in.x_t);
+  add("model_output", in.model_output);
+  add("noise", in.noise);
+  add("guidance_scale", in.guidance_scale);
+  add("coefficients", in.coefficients);
+  add("index", in.index);
+  add("row", in.row);
+  add("seed", in.seed);
+  add("sample_index", in.sample_index);
+  require_separate(all, written);
 }
 
 // On a CPU what is wrong with a row is said at once.
@@ -97,23 +112,17 @@ void run_on_cpu(const StepArgs& args, bool has_previous) {
     while (bad >= 0 && bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
     }
   });
-  const int64_t bad = first_bad.load();
-  if (args.status != nullptr && bad < args.samples && args.status[0] == 0) {
-    args.status[0] = static_cast<int32_t>(Status::kNotFinite);
-    args.status[1] = static_cast<int32_t>(args.row[bad]);
-    args.status[2] = static_cast<int32_t>(bad);
-  }
+  if (first_bad.load() < args.samples) report_not_finite(args, first_bad.load());
 }
 
 // `out` null: x_t is written in place.
 void run(StepInputs in, const Tensor* out) {
-  require_dtype("x_t", in.x_t, ScalarType::Float);
-  require(in.x_t.dim() >= 1, "x_t must have the samples as its first dimension.");
+  require_state("x_t", in.x_t, 2);
   const Shape shape(in.x_t);
   require_elements(shape.elements());
   require_device("model_output", in.model_output, in.x_t);
   const DType dtype = network_dtype("model_output", in.model_output);
-  const int32_t channels = model_channels(in, shape);
+  const int64_t channels = model_channels(in, shape);
   in.coefficients =
       table("coefficients", in.coefficients, ScalarType::Float, kCoefficients, in.x_t);
   in.index = table("index", in.index, ScalarType::Int, kIndexColumns, in.x_t);
@@ -124,10 +133,7 @@ void run(StepInputs in, const Tensor* out) {
   in.sample_index = per_sample("sample_index", in.sample_index, shape.samples, in.x_t);
   check_optional(in);
   check_next_input(in);
-  if (out == nullptr) {
-    require_disjoint("x_t", in.x_t, "model_output", in.model_output);
-    if (in.noise) require_disjoint("x_t", in.x_t, "noise", *in.noise);
-  }
+  check_memory(in, out == nullptr);
   const Tensor& target = out != nullptr ? *out : in.x_t;
   const Layout out_layout = writable("x_t", target);
   const Layout previous_layout =
@@ -178,12 +184,14 @@ Tensor p_sample_step(Tensor x_t, Tensor model_output, Tensor coefficients, Tenso
                      std::optional<Tensor> guidance_scale,
                      std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status,
                      std::optional<Tensor> next_input) {
+  require_state("x_t", x_t, 2);
   Tensor out = torch::stable::empty_like(x_t);
-  if (!layout_of(out)) out = torch::stable::empty_like(torch::stable::contiguous(x_t));
+  const bool direct = layout_of(out).has_value();
+  const Tensor target = direct ? out : torch::stable::empty_like(torch::stable::contiguous(x_t));
   run({x_t, model_output, coefficients, index, row, seed, sample_index, noise, guidance_scale,
        previous_pred_xstart, status, next_input},
-      &out);
-  return out;
+      &target);
+  return direct ? out : torch::stable::copy_(out, target);
 }
 
 void p_sample_step_(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor index, Tensor row,

@@ -15,8 +15,9 @@ from types import ModuleType
 
 import torch
 
-# Never run on a GPU yet, so only used where they are asked for by name.
+# Backends that are only used where they are asked for by name.
 UNPROVEN = ("cuda", "triton")
+_UNPROVEN_HOW = "never run on a GPU, so to be asked for by name"
 NAMES = ("auto", "cpu", "cuda", "triton", "reference")
 BUILD_HINT = "build it with `pip install --no-build-isolation -e .` in the source tree"
 
@@ -82,6 +83,11 @@ def _triton(device: torch.device) -> tuple[bool, str]:
     return not obstacle, obstacle or "Triton kernels"
 
 
+def unproven(name: str) -> str:
+    """What to know of a backend before it is used; empty where there is nothing."""
+    return _UNPROVEN_HOW if name in UNPROVEN else ""
+
+
 def _reference(device: torch.device) -> tuple[bool, str]:
     return True, "plain PyTorch and NumPy"
 
@@ -89,22 +95,14 @@ def _reference(device: torch.device) -> tuple[bool, str]:
 _PROBES = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference}
 
 
-def _unproven(reason: str) -> str:
-    return f"{reason}, never run on a GPU, so to be asked for by name"
-
-
 def _automatic(device: torch.device) -> tuple[str, str]:
-    if device.type == "cuda":
-        reasons = []
-        for name in ("cuda", "triton"):
-            available, reason = _PROBES[name](device)
-            if available and name not in UNPROVEN:
-                return name, reason
-            reasons.append(f"{name}: {_unproven(reason) if available else reason}")
-        return "reference", "; ".join(reasons)
-    available, reason = _cpu(device)
-    if available:
-        return "cpu", reason
+    reasons = []
+    for name in ("cuda", "triton") if device.type == "cuda" else ("cpu",):
+        available, reason = _PROBES[name](device)
+        if available and name not in UNPROVEN:
+            return name, reason
+        reasons.append(f"{name}: {reason}" + (f", {_UNPROVEN_HOW}" if available else ""))
+    reason = "; ".join(reasons)
     warnings.warn(f"ddpm_fast uses its slow reference: {reason}.", stacklevel=4)
     return "reference", reason
 
@@ -124,7 +122,7 @@ def _resolve(device_type: str, requested: str) -> tuple[str, str]:
     if not available:
         raise BackendError(f"the backend {requested!r} is not available: {reason}.")
     if requested in UNPROVEN:
-        reason += ", never run on a GPU"
+        reason += f" ({unproven(requested)})"
     return requested, f"{source}: {reason}"
 
 

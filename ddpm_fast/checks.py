@@ -5,27 +5,16 @@ Each failure is a RuntimeError of one sentence that says what was wanted and wha
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import noise
+from . import noise as contract
+from .memory import require, separate, writable
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Layout(NamedTuple):
-    """How far apart samples, channels and pixels lie, in elements."""
-
-    sample: int
-    channel: int
-    pixel: int
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise RuntimeError(f"ddpm_fast: {message}")
 
 
 def _shape(t: Tensor) -> str:
@@ -40,6 +29,10 @@ def require_dtype(name: str, t: Tensor, *dtypes: torch.dtype) -> None:
     *first, last = map(_dtype, dtypes)
     wanted = f"{', '.join(first)} or {last}" if first else last
     require(t.dtype in dtypes, f"{name} must be {wanted}, but it is {_dtype(t.dtype)}.")
+    require(
+        t.is_meta or t.data_ptr() % t.element_size() == 0,
+        f"{name} must begin at a multiple of its elements' {t.element_size()} bytes; pass a copy.",
+    )
 
 
 def require_device(name: str, t: Tensor, like: Tensor) -> None:
@@ -51,7 +44,7 @@ def require_device(name: str, t: Tensor, like: Tensor) -> None:
 
 def require_elements(elements: int) -> None:
     require(
-        elements <= noise.MAX_ELEMENTS,
+        elements <= contract.MAX_ELEMENTS,
         f"a sample may have 2^34 elements, but this one has {elements}.",
     )
 
@@ -88,93 +81,26 @@ def table(name: str, t: Tensor, dtype: torch.dtype, columns: int, like: Tensor) 
     return t.contiguous()
 
 
-def channels_and_pixels(t: Tensor) -> tuple[int, int]:
-    return t.shape[1] if t.ndim > 1 else 1, t.shape[2:].numel()
-
-
-def layout_of(t: Tensor) -> Layout | None:
-    """The tensor's memory order, if its pixels lie at one stride."""
-    channels, pixels = channels_and_pixels(t)
-    inner, step = 1, 1
-    for size, stride in zip(t.shape[:1:-1], t.stride()[:1:-1], strict=True):
-        if size == 1:
-            continue
-        if inner == 1:
-            step = stride
-        if stride != step * inner:
-            return None
-        inner *= size
-    return Layout(t.stride(0), t.stride(1) if channels > 1 else pixels, step)
-
-
-def walkable(t: Tensor | None) -> Tensor | None:
-    """`t`, or a contiguous copy if the kernels cannot walk it; never for a tensor written to."""
-    return t if t is None or layout_of(t) else t.contiguous()
-
-
-def writable(name: str, t: Tensor | None) -> None:
-    """Every element has its own address, in an order that the kernels can walk."""
-    if t is None:
-        return
-    layout = layout_of(t)
-    require(
-        layout is not None and _is_distinct(t, layout),
-        f"{name} is written, so it must be contiguous or channels_last; pass a tensor that is.",
-    )
-
-
-def _is_distinct(t: Tensor, layout: Layout) -> bool:
-    """Whether no two elements share an address: from the narrowest stride on, each dimension
-    clears what the ones before it span.
-    """
-    span = 1
-    for stride, size in sorted(zip(layout, (len(t), *channels_and_pixels(t)), strict=True)):
-        if size > 1:
-            if stride < span:
-                return False
-            span += stride * (size - 1)
-    return True
-
-
-def disjoint(name_a: str, a: Tensor, name_b: str, b: Tensor | None) -> None:
-    """`a`, which is written, and `b`, which is read or written, share no memory."""
-    if b is None or a.numel() == 0 or b.numel() == 0:
-        return
-
-    def extent(t: Tensor) -> tuple[int, int]:
-        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
-
-    (a0, a1), (b0, b1) = extent(a), extent(b)
-    require(
-        a1 <= b0 or b1 <= a0,
-        f"{name_a} is written while {name_b} is read, so they must not share memory; pass a clone.",
-    )
-
-
 def _twice(guided: bool) -> str:
     return ", with twice the samples (conditional, then unconditional)" if guided else ""
 
 
-def _model_channels(x_t: Tensor, model_output: Tensor, guided: bool) -> int:
-    """The channels of model_output: C, or 2 C with a learned variance."""
+def _model_output(x_t: Tensor, model_output: Tensor, guided: bool) -> None:
+    """Its channels are C, or 2 C with a learned variance."""
     require_device("model_output", model_output, x_t)
     require_dtype("model_output", model_output, *MODEL_DTYPES)
     rows = (2 if guided else 1) * x_t.shape[0]
-    channels = x_t.shape[1] if x_t.ndim > 1 else 1
-    found = model_output.shape[1] if model_output.ndim > 1 else 1
     same = (
         model_output.ndim == x_t.ndim
         and model_output.shape[0] == rows
         and model_output.shape[2:] == x_t.shape[2:]
-        and found in (channels, 2 * channels)
+        and model_output.shape[1] in (x_t.shape[1], 2 * x_t.shape[1])
     )
     require(
         same,
         f"model_output must have the shape of x_t, {_shape(x_t)}{_twice(guided)}, and C or 2 C"
         f" channels, but it is {_shape(model_output)}.",
     )
-    return found
 
 
 def _optional(
@@ -213,29 +139,81 @@ def _optional(
         )
 
 
-def step(
+def randn(
+    seed: Tensor, sample_index: Tensor, shape: Sequence[int], step: int, stream: int
+) -> tuple[Tensor, Tensor]:
+    """(seed, sample_index), contiguous."""
+    require(seed.ndim == 1, f"seed must have the shape (N,), but it is {_shape(seed)}.")
+    keys = (("seed", seed), ("sample_index", sample_index))
+    seed, sample_index = (per_sample(name, t, len(seed), seed) for name, t in keys)
+    for name, value, bits in (("step", step, 20), ("stream", stream, 12)):
+        require(
+            0 <= value < 1 << bits, f"{name} must be between 0 and 2^{bits} - 1, but it is {value}."
+        )
+    least = min(shape, default=0)
+    require(least >= 0, f"shape must have no negative size, but it has {least}.")
+    require_elements(math.prod(shape))
+    return seed, sample_index
+
+
+def q_sample(
+    x_start: Tensor,
+    coefficients: Tensor,
+    timesteps: Tensor,
+    seed: Tensor,
+    sample_index: Tensor,
+    noise: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """(coefficients, timesteps, seed, sample_index), contiguous."""
+    require_dtype("x_start", x_start, torch.float32)
+    require(x_start.ndim >= 1, "x_start must have the shape (N, ...), but it is ().")
+    require_elements(x_start.shape[1:].numel())
+    coefficients = table("coefficients", coefficients, torch.float32, 2, x_start)
+    keys = (("timesteps", timesteps), ("seed", seed), ("sample_index", sample_index))
+    numbers = [per_sample(name, t, len(x_start), x_start) for name, t in keys]
+    if noise is not None:
+        like_state("noise", noise, "x_start", x_start)
+    return coefficients, *numbers
+
+
+def p_sample_step(
     x_t: Tensor,
     model_output: Tensor,
     coefficients: Tensor,
     index: Tensor,
+    row: Tensor,
+    seed: Tensor,
+    sample_index: Tensor,
     noise: Tensor | None,
     guidance_scale: Tensor | None,
     previous: Tensor | None,
     status: Tensor | None,
     next_input: Tensor | None,
-) -> tuple[int, bool]:
-    """All of a step but its numbers and its memory: (channels, whether the variance is learned)."""
+    in_place: bool,
+) -> tuple[Tensor, ...]:
+    """(coefficients, index, row, seed, sample_index), contiguous."""
     require_dtype("x_t", x_t, torch.float32)
-    require(x_t.ndim >= 1, "x_t must have the samples as its first dimension.")
-    channels, pixels = channels_and_pixels(x_t)
-    require_elements(channels * pixels)
-    learned = _model_channels(x_t, model_output, guidance_scale is not None) != channels
-    table("coefficients", coefficients, torch.float32, 16, x_t)
-    table("index", index, torch.int32, 4, x_t)
+    require(x_t.ndim >= 2, f"x_t must have the shape (N, C, ...), but it is {_shape(x_t)}.")
+    require_elements(x_t.shape[1:].numel())
+    _model_output(x_t, model_output, guidance_scale is not None)
+    coefficients = table("coefficients", coefficients, torch.float32, 16, x_t)
+    index = table("index", index, torch.int32, 4, x_t)
     require(
         len(index) == len(coefficients),
         f"index and coefficients must have as many rows, but they have {len(index)} and"
         f" {len(coefficients)}.",
     )
+    keys = (("row", row), ("seed", seed), ("sample_index", sample_index))
+    row, seed, sample_index = (per_sample(name, t, len(x_t), x_t) for name, t in keys)
     _optional(x_t, noise, guidance_scale, previous, status, next_input)
-    return channels, learned
+    written = {"previous_pred_xstart": previous, "next_input": next_input, "status": status}
+    read = {"model_output": model_output, "noise": noise, "guidance_scale": guidance_scale}
+    read |= {"coefficients": coefficients, "index": index}
+    read |= {"row": row, "seed": seed, "sample_index": sample_index}
+    if in_place:
+        written["x_t"] = x_t
+    separate(written, {"x_t": x_t, **read})
+    for name, t in written.items():
+        if t is not None:
+            writable(name, t)
+    return coefficients, index, row, seed, sample_index

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from . import checks
 from . import noise as contract
 from .backend import is_available
-from .checks import MODEL_DTYPES
 
 
 def randn(
@@ -24,17 +25,12 @@ def randn(
     On the CPU the kernels are compared with these, so they are NumPy's; elsewhere they are the
     compiled kernel's, the same bits sooner, if it is there.
     """
-    for name, value in (("seed", seed), ("sample_index", sample_index)):
-        if value.dtype != torch.int64 or value.ndim != 1 or len(value) != len(seed):
-            raise ValueError(
-                f"{name} must be int64 of shape (N,), but it is {value.dtype} of shape"
-                f" {tuple(value.shape)}."
-            )
+    seed, sample_index = checks.randn(seed, sample_index, shape, step, stream)
     host = seed.cpu(), sample_index.cpu()
     if seed.device.type != "cpu" and is_available():
         normals = torch.ops.ddpm_fast.randn.default(*host, shape, step, stream)
     else:
-        seeds, samples = (t.numpy() for t in host)
+        seeds, samples = (t.numpy().view(np.uint64) for t in host)
         normals = torch.from_numpy(contract.randn(seeds, samples, step, shape, stream))
     return normals.to(seed.device)
 
@@ -47,6 +43,9 @@ def q_sample(
     sample_index: Tensor,
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    coefficients, timesteps, seed, sample_index = checks.q_sample(
+        x_start, coefficients, timesteps, seed, sample_index, noise
+    )
     if len(timesteps) and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < len(coefficients):
         raise ValueError(
             f"timesteps must be between 0 and {len(coefficients) - 1}, the table's rows, but they"
@@ -54,13 +53,19 @@ def q_sample(
         )
     if noise is None:
         noise = randn(seed, sample_index, x_start.shape[1:], 0, contract.Q_SAMPLE)
-    elif noise.shape != x_start.shape:
-        raise ValueError(
-            f"noise must have the shape of x_start, {tuple(x_start.shape)}, but it is"
-            f" {tuple(noise.shape)}."
-        )
     rows = coefficients[timesteps].reshape(-1, 2, *[1] * (x_start.ndim - 1))
     return rows[:, 0] * x_start + rows[:, 1] * noise, noise
+
+
+def q_sample_gradients(
+    coefficients: Tensor, timesteps: Tensor, grad_x_t: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Of a fused q_sample's six arguments; NaN where a timestep is not in the table."""
+    known = (timesteps >= 0) & (timesteps < len(coefficients))
+    rows = coefficients[timesteps.clamp(0, len(coefficients) - 1)]
+    rows = torch.where(known[:, None], rows, torch.nan).reshape(-1, 2, *[1] * (grad_x_t.ndim - 1))
+    x_start, noise = (rows[:, i] * grad_x_t if needed[j] else None for i, j in ((0, 0), (1, 5)))
+    return x_start, None, None, None, None, noise
 
 
 def _draw(
@@ -73,17 +78,6 @@ def _draw(
         mine = steps == step
         normals[mine] = randn(seed[mine], sample_index[mine], shape, step)
     return normals
-
-
-def _check_next_input(next_input: Tensor | None, x_t: Tensor, copies: int) -> None:
-    if next_input is None:
-        return
-    wanted = (copies * x_t.shape[0], *x_t.shape[1:])
-    if next_input.shape != wanted or next_input.dtype not in MODEL_DTYPES:
-        raise ValueError(
-            f"next_input must be float32, bfloat16 or float16 of shape {wanted}, but it is"
-            f" {next_input.dtype} of shape {tuple(next_input.shape)}."
-        )
 
 
 def p_sample_step(
@@ -99,16 +93,20 @@ def p_sample_step(
     previous_pred_xstart: Tensor | None,
     status: Tensor | None,
     next_input: Tensor | None = None,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
     from . import reference
 
+    coefficients, index, row, seed, sample_index = checks.p_sample_step(
+        *(x_t, model_output, coefficients, index, row, seed, sample_index, noise, guidance_scale),
+        *(previous_pred_xstart, status, next_input, in_place),
+    )
     if len(row) and not 0 <= int(row.min()) <= int(row.max()) < len(coefficients):
         raise ValueError(
             f"row must be between 0 and {len(coefficients) - 1}, the table's rows, but it is"
             f" {row.tolist()}."
         )
-    copies = 1 if guidance_scale is None else 2
-    _check_next_input(next_input, x_t, copies)
     noisy = bool(((coefficients[row, 6] != 0) | (index[row, 2] & 1 != 0)).any())
     if noise is None and noisy:
         noise = _draw(index, row, seed, sample_index, x_t.shape[1:])
@@ -119,10 +117,10 @@ def p_sample_step(
     if previous_pred_xstart is not None:
         previous_pred_xstart.copy_(pred_xstart)
     if next_input is not None:
-        next_input.copy_(torch.cat([x_prev] * copies))
+        next_input.copy_(x_prev if guidance_scale is None else torch.cat((x_prev, x_prev)))
     if status is not None and int(status[0]) == 0:
         bad = ~torch.isfinite(x_prev).flatten(1).all(1)
         if bad.any():
             sample = int(bad.nonzero()[0])
             status[:3] = torch.tensor([2, int(row[sample]), sample], dtype=status.dtype)
-    return x_prev
+    return x_t.copy_(x_prev) if in_place else torch.empty_like(x_t).copy_(x_prev)

@@ -11,8 +11,6 @@ import torch
 
 from . import backend, noise
 
-UNPROVEN = "they were never run on a GPU and must be asked for by name"
-
 
 def _version(package: str) -> str:
     try:
@@ -76,11 +74,16 @@ def _cuda_kernels(config: dict[str, object]) -> str:
     state = "linked" if config["cuda_linked"] else "not compiled"
     if config["cuda_compiled"] and not config["cuda_linked"]:
         state = "compiled as a check, not linked (torch is a CPU build)"
-    return f"{state}; {UNPROVEN}"
+    return _with_caution(state, "cuda")
 
 
 def _triton_kernels() -> str:
-    return f"{backend.triton_obstacle() or 'compiled at the first call'}; {UNPROVEN}"
+    return _with_caution(backend.triton_obstacle() or "compiled at the first call", "triton")
+
+
+def _with_caution(state: str, name: str) -> str:
+    caution = backend.unproven(name)
+    return f"{state}; {caution}" if caution else state
 
 
 def main() -> int:

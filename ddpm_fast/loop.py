@@ -70,7 +70,8 @@ class Loop:
             self.x.copy_(x_T)
         elif x_start is not None:
             self.x.copy_(x_start)
-            self.x.copy_(self._noised(self.x, sampler.plan.start))
+            if sampler.plan.strength is not None:  # an inversion starts from x_start as it is
+                self.x.copy_(self._noised(self.x, sampler.plan.start))
         else:
             self.x.copy_(self._draw(noise.SAMPLING))
         self.input.copy_(self.x if self.guidance is None else torch.cat((self.x, self.x)))
@@ -92,6 +93,8 @@ class Loop:
         t = sampler.timesteps.index_select(0, self.row)
         t = t if self.guidance is None else torch.cat((t, t))
         output = sampler.network(self.input, t, **self.conditions)
+        if output.untyped_storage().data_ptr() == self.input.untyped_storage().data_ptr():
+            output = output.clone()  # its input, or a view of it: the step writes there
         ops.p_sample_step_(
             self.x,
             output,

@@ -74,8 +74,8 @@ def q_sample(
     x_start: float32 (N, ...). coefficients: float32 (T, 2), the square roots of alphas_cumprod and
     of 1 - alphas_cumprod. timesteps, seed, sample_index: int64 (N,), timesteps in 0 .. T - 1.
     noise: float32 of x_start's shape; if it is not given, that of stream 1, step 0.
-    Differentiable with respect to x_start. Raises RuntimeError or ValueError where an argument is
-    not so, and BackendError where `backend` is not available.
+    Differentiable with respect to x_start and noise. Raises RuntimeError or ValueError where an
+    argument is not so, and BackendError where `backend` is not available.
     """
     name = resolve_backend(x_start.device, backend)[0]
     if name == "reference":
@@ -88,7 +88,7 @@ def q_sample(
     return x_t, drawn if noise is None else noise
 
 
-def _refuse_grad(*tensors: Tensor | None) -> None:
+def _refuse_grad(tensors: Sequence[Tensor | None]) -> None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
             "ddpm_fast: the sampling step is not differentiable; call it under torch.no_grad()."
@@ -116,10 +116,10 @@ def p_sample_step(
     pred_xstart = clip(a * x_t + b * model_output), x_prev = c0 * pred_xstart + c1 * x_t
     + c2 * previous_pred_xstart + c3 * model_output + sigma * noise.
 
-    x_t: float32 (N, C, ...). model_output: (N, C, ...), or 2 C channels where the model learns the
-    variance; float32, bfloat16 or float16; any memory order. With guidance_scale (float32, one
-    element) it has 2 N rows, conditional then unconditional, and
-    unconditional + scale * (conditional - unconditional) is used.
+    x_t: float32 (N, C, ...), any memory order, which the result keeps. model_output: (N, C, ...),
+    or 2 C channels where the model learns the variance; float32, bfloat16 or float16; any memory
+    order. With guidance_scale (float32, one element) it has 2 N rows, conditional then
+    unconditional, and unconditional + scale * (conditional - unconditional) is used.
     coefficients: float32 (S, 16), index: int32 (S, 4): a plan's table. row: int64 (N,), each
     sample's row in it. seed, sample_index: int64 (N,), whose noise is drawn where a row has any,
     unless `noise` (float32 like x_t) is given.
@@ -132,9 +132,9 @@ def p_sample_step(
     Raises RuntimeError or ValueError where an argument is not so (no gradients, no shared memory
     between what is read and written), and BackendError where `backend` is not available.
     """
-    _refuse_grad(x_t, model_output, noise, previous_pred_xstart)
     arguments = (x_t, model_output, coefficients, index, row, seed, sample_index, noise)
     arguments += (guidance_scale, previous_pred_xstart, status, next_input)
+    _refuse_grad(arguments)
     name = resolve_backend(x_t.device, backend)[0]
     if name == "reference":
         return fallback.p_sample_step(*arguments)
@@ -159,13 +159,14 @@ def p_sample_step_(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """`p_sample_step` in place: x_t becomes x_prev, and is returned. x_t must be dense."""
-    _refuse_grad(x_t, model_output, noise, previous_pred_xstart)
+    """`p_sample_step` in place: x_t becomes x_prev, and is returned. x_t is contiguous,
+    channels_last or a slice of such a tensor."""
     arguments = (x_t, model_output, coefficients, index, row, seed, sample_index, noise)
     arguments += (guidance_scale, previous_pred_xstart, status, next_input)
+    _refuse_grad(arguments)
     name = resolve_backend(x_t.device, backend)[0]
     if name == "reference":
-        return x_t.copy_(fallback.p_sample_step(*arguments))
+        return fallback.p_sample_step(*arguments, in_place=True)
     if name == "triton":
         return _triton().p_sample_step(*arguments, in_place=True)
     torch.ops.ddpm_fast.p_sample_step_.default(*arguments)
@@ -210,10 +211,9 @@ def _register() -> None:
         ctx.save_for_backward(coefficients, timesteps)
         ctx.mark_non_differentiable(output[1])
 
-    def backward(ctx, grad_x_t, grad_noise):
-        coefficients, timesteps = ctx.saved_tensors
-        scale = coefficients[timesteps, 0].reshape(-1, *[1] * (grad_x_t.ndim - 1))
-        return scale * grad_x_t, None, None, None, None, None
+    def backward(ctx, grad_x_t, grad_drawn):
+        needed = (*ctx.needs_input_grad, False)  # torch leaves an argument's default out
+        return fallback.q_sample_gradients(*ctx.saved_tensors, grad_x_t, needed)
 
     torch.library.register_autograd("ddpm_fast::q_sample", backward, setup_context=setup_context)
 

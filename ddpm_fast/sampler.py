@@ -22,6 +22,7 @@ from .schedule import NoiseSchedule
 
 Network = Callable[..., Tensor]
 Step = Callable[[], None]
+CAPTURABLE = ("cuda", "triton")
 BAD_ROW = 1  # of the status word; csrc/kernels.h
 DEFAULT_BATCH_SIZE = {"cpu": 64, "cuda": 256}
 
@@ -31,7 +32,8 @@ class Sampler:
 
     Args:
         network: any callable (x_t, t, **conditions) -> prediction, x_t (N, C, *size) of `dtype`
-            and t (N,) int64 on `device`; ours or a host project's.
+            and t (N,) int64 on `device`; ours or a host project's. x_t is a buffer that the next
+            step writes: a network that keeps it must clone it.
         schedule: the noise schedule that it was trained with.
         sample_shape: (C, *size) of one sample.
         method, steps, spacing, eta, prediction_type, variance_type, clip_denoised, steps_offset,
@@ -42,8 +44,8 @@ class Sampler:
             arXiv:2207.12598, with W = 1 + w); 1 is off. Needs the next two.
         num_classes: of a conditional network, which is called with `class_labels` (N,) int64.
         null_class: the label that means "no class".
-        graphs: capture the step in a CUDA graph, where the backend is cuda; `sampler.graphs` says
-            whether that is so. On a CPU there is nothing to capture.
+        graphs: capture the step in a CUDA graph, where the backend is cuda or triton;
+            `sampler.graphs` says whether that is so. On a CPU there is nothing to capture.
     Raises ValueError in one sentence for settings that are none.
     """
 
@@ -83,8 +85,8 @@ class Sampler:
         self.plan: Plan = plan.to(self.device)
         self.timesteps = self.plan.index[:, 0].long()
         self.backend, self.backend_reason = _resolve(self.device, backend, graphs)
-        # Only the compiled kernels can be captured: the reference draws its noise on the host.
-        self.graphs = graphs and self.backend == "cuda"
+        # The reference draws its noise on the host, so it cannot be captured.
+        self.graphs = graphs and self.backend in CAPTURABLE
         self.guidance_scale = real("guidance", guidance_scale)
         self.num_classes, self.null_class = num_classes, null_class
         self.guided = self.guidance_scale != 1.0
@@ -280,8 +282,11 @@ def prepare(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
 def _resolve(device: torch.device, backend: str, graphs: bool) -> tuple[str, str]:
     """The step's backend. Asking for graphs on a GPU asks for the kernels that can be captured."""
     if graphs and device.type == "cuda" and backend == "auto" and not ops.is_overridden():
-        try:
-            return ops.resolve_backend(device, "cuda")
-        except ops.BackendError as error:
-            return ops.resolve_backend(device)[0], f"not captured, because {error}"
+        errors = []
+        for name in CAPTURABLE:
+            try:
+                return ops.resolve_backend(device, name)
+            except ops.BackendError as error:
+                errors.append(str(error))
+        return ops.resolve_backend(device)[0], f"not captured, because {' '.join(errors)}"
     return ops.resolve_backend(device, backend)

@@ -71,9 +71,10 @@ def spaced(
 ) -> np.ndarray:
     """`steps` of `num_timesteps` timesteps, evenly or quadratically; strictly increasing int64.
 
-    openai: `space_timesteps`, 0 to T-1 (1 step: 0). leading, trailing, linspace: diffusers' (Lin
-    et al. 2023, table 2); leading is i * (T // steps) + steps_offset, trailing counts back from
-    T-1. quadratic: floor(c i^2) up to 0.8 T (Song et al. 2020, appendix D.2, and its code); where
+    openai: `space_timesteps`, 0 to T-1 (1 step: 0). leading, trailing, linspace: as diffusers'
+    DDPM and DDIM schedulers (Lin et al. 2023, table 2; its DPM-Solver++ has other leading and
+    linspace); leading is i * (T // steps) + steps_offset, trailing counts back from T-1.
+    quadratic: floor(c i^2) up to 0.8 T (Song et al. 2020, appendix D.2, and its code); where
     that repeats a timestep, the next free one is taken.
     """
     total = count("num_timesteps", num_timesteps, 1, MAX_TIMESTEPS)

@@ -22,6 +22,7 @@ _ROUND = tl.constexpr(noise._ROUND)
 _TWO_THIRDS_BITS = tl.constexpr(int(noise._TWO_THIRDS_BITS))
 _COLUMNS = tl.constexpr(16)  # of a plan's coefficients
 _INDEX_COLUMNS = tl.constexpr(4)
+_MAX_STEP = tl.constexpr(noise.MAX_STEP)
 _BAD_ROW = tl.constexpr(1)
 _NOT_FINITE = tl.constexpr(2)
 
@@ -221,7 +222,7 @@ def step_kernel(
     flags = tl.load(index + at * _INDEX_COLUMNS + 2, mask=inside, other=0)
     learned = (flags & 1) != 0
     noisy = learned | (sigma != 0.0)
-    usable = inside
+    usable = inside & (noise_step >= 0) & (noise_step < _MAX_STEP)
     if not LEARNED:
         usable = usable & ((flags & 1) == 0)
     if previous is None:

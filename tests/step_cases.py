@@ -16,6 +16,7 @@ SHAPES = [  # x_t, with a reason per row
     (3, 1, 28, 28),  # one channel
     (0, 3, 4, 4),  # no sample
     (2, 3, 0, 4),  # no element
+    (2, 3, 4, 0),  # likewise, in the innermost dimension
 ]
 
 

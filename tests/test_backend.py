@@ -27,7 +27,9 @@ def test_backend_choice():
     if not os.environ.get("DDPM_FAST_BACKEND"):
         assert name == "cpu" and "CPU level" in reason
     assert ops.resolve_backend("cpu", "reference")[0] == "reference"
-    assert ops.resolve_backend("cuda")[0] == "reference"
+    backend._resolve.cache_clear()
+    with pytest.warns(UserWarning, match="slow reference: cuda: .*; triton: "):
+        assert ops.resolve_backend("cuda")[0] == "reference"
     for asked in ("cuda", "triton", "tpu"):
         with pytest.raises(ops.BackendError):
             ops.resolve_backend("cpu", asked)

@@ -68,7 +68,12 @@ def test_calls_from_several_threads(extension):
 BAD = [
     ({"x_t": np.zeros((2, 3, 4, 4))}, "x_t must be float32, but it is float64"),
     ({"x_t": np.zeros((2, 3, 4, 8), np.float32)[..., ::2]}, "x_t must be C-contiguous"),
-    ({"x_t": np.zeros((), np.float32)}, "x_t must have the samples"),
+    ({"x_t": np.zeros((), np.float32)}, r"x_t must have the shape \(N, C, ...\)"),
+    (
+        {"x_t": np.zeros(400, np.uint8)[1:385].view(np.float32).reshape(2, 3, 4, 4)},
+        "x_t must begin at a multiple of its elements' 4 bytes",
+    ),
+    ({"status": np.zeros(3, np.int32)}, r"status must have the shape \(4\,\)"),
     ({"model_output": np.zeros((2, 3, 4, 5), np.float32)}, "model_output must have the shape"),
     ({"model_output": np.zeros((2, 3, 4, 4))}, "model_output must be float32 or float16"),
     ({"model_output": np.zeros((4, 3, 4, 4), np.float32)[::2]}, "model_output must be C-cont"),
@@ -96,9 +101,22 @@ def test_what_is_written_is_not_shared_and_not_read_only(extension):
     a = as_arrays(case((2, 3, 4, 4)))
     with pytest.raises(RuntimeError, match="must not share memory"):
         extension.p_sample_step(**{**a, "previous_pred_xstart": a["x_t"]})
+    square = as_arrays(case((4, 16)))
+    with pytest.raises(RuntimeError, match="previous_pred_xstart is written while coefficients"):
+        extension.p_sample_step(**{**square, "coefficients": square["previous_pred_xstart"]})
     a["previous_pred_xstart"].setflags(write=False)
     with pytest.raises(RuntimeError, match="must be writeable"):
         extension.p_sample_step(**a)
+
+
+def test_status_reports_what_is_not_finite(extension):
+    a = as_arrays(case((3, 2, 5)))
+    a["status"] = np.zeros(4, np.int32)
+    extension.p_sample_step(**a)
+    assert a["status"].tolist() == [0, 0, 0, 0]
+    a["model_output"][1, 0, 2] = np.nan
+    extension.p_sample_step(**a)
+    assert a["status"].tolist() == [2, a["row"][1], 1, 0]
 
 
 def test_randn_and_q_sample_refuse_bad_arrays(extension):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from step_cases import LEVELS, SHAPES, case, same_bits, table
+from step_cases import LEVELS, SHAPES, case, fresh, same_bits, table
 
-from ddpm_fast import noise, ops
+from ddpm_fast import fallback, noise, ops
 
 pytestmark = pytest.mark.usefixtures("extension")
 
@@ -43,13 +43,52 @@ def test_q_sample_gradient():
     assert torch.equal(x.grad, coefficients[t, 0].reshape(3, 1, 1) * weight)
 
 
-def test_step_refuses_gradients():
-    arguments = case((1, 1, 4))
-    arguments["model_output"].requires_grad_()
-    with pytest.raises(RuntimeError, match="not differentiable"):
-        ops.p_sample_step(**arguments)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradient_of_given_noise(backend):
+    x, given = torch.randn(3, 2, 5), torch.randn(3, 2, 5, requires_grad=True)
+    coefficients, t, n = torch.rand(4, 2), torch.tensor([0, 3, 1]), torch.arange(3)
+    x_t, _ = ops.q_sample(x, coefficients, t, n, n, given, backend=backend)
+    weight = torch.randn_like(x_t)
+    (x_t * weight).sum().backward()
+    assert torch.equal(given.grad, coefficients[t, 1].reshape(3, 1, 1) * weight)
+
+
+def test_gradient_at_a_bad_timestep_is_nan():
+    """A GPU's q_sample makes such a sample NaN; its gradient must not index past the table."""
+    grad = fallback.q_sample_gradients(
+        torch.rand(4, 2), torch.tensor([0, 4, -1]), torch.ones(3, 2), [True, *[False] * 5]
+    )[0]
+    assert grad[0].isfinite().all() and grad[1:].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["x_t", "model_output", "coefficients", "guidance_scale"])
+def test_step_refuses_gradients(name):
+    arguments = case((1, 1, 4), guided=True)
+    arguments[name].requires_grad_()
+    for step in (ops.p_sample_step, ops.p_sample_step_):
+        with pytest.raises(RuntimeError, match="not differentiable"):
+            step(**arguments)
     with torch.no_grad():
         ops.p_sample_step(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_results_lie_as_the_state_does(backend):
+    """Also where the kernels cannot walk it, so that what torch.compile expects is what comes."""
+    a, n = case((2, 3, 5, 4)), torch.arange(2)
+    for like in (
+        a["x_t"].transpose(2, 3),
+        a["x_t"].contiguous(memory_format=torch.channels_last),
+    ):
+        shaped = case(tuple(like.shape)) | {"x_t": like}
+        want = torch.empty_like(like).stride()
+        plain = {**shaped, "x_t": like.contiguous()}
+        got = ops.p_sample_step(**fresh(shaped), backend=backend)
+        assert got.stride() == want
+        assert torch.equal(got, ops.p_sample_step(**fresh(plain), backend=backend))
+        x_t, drawn = ops.q_sample(like, torch.rand(2, 2), n, n, n, backend=backend)
+        assert x_t.stride() == want
+        assert backend == "reference" or drawn.stride() == want
 
 
 @pytest.mark.parametrize("operator", ["randn", "q_sample", "p_sample_step", "p_sample_step_"])
@@ -70,8 +109,13 @@ def test_opcheck(operator):
             ((x, rows, n, n, n), {}),
             ((x.clone().requires_grad_(), rows, n, n, n), {}),
             ((x, rows, n, n, n), {"noise": torch.randn_like(x)}),
+            ((x, rows, n, n, n), {"noise": torch.randn_like(x).requires_grad_()}),
+            ((torch.randn(2, 3, 5, 4).transpose(2, 3), rows, n, n, n), {}),
         ],
-        "p_sample_step": [(tuple(step), optional)],
+        "p_sample_step": [
+            (tuple(step), optional),
+            ((a["x_t"].transpose(2, 3).contiguous().transpose(2, 3), *step[1:]), optional),
+        ],
         "p_sample_step_": [(tuple(step), optional)],
     }[operator]
     for args, kwargs in samples:

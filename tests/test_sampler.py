@@ -115,6 +115,14 @@ def test_class_of_a_sample_follows_its_index(model):
     assert sampler.labels(torch.arange(2), None).tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("network", [lambda x, t: x, lambda x, t: x.flatten(1).view_as(x)])
+def test_a_network_may_return_its_input(network):
+    settings = {"steps": 3, "sample_shape": (2, 5)}
+    got = Sampler(network, NoiseSchedule.linear(50), **settings).sample(2)
+    want = Sampler(lambda x, t: x.clone(), NoiseSchedule.linear(50), **settings).sample(2)
+    assert torch.equal(got, want)
+
+
 def test_callback_sees_every_state(model):
     seen = []
     sampler = Sampler.from_model(model, **SETTINGS)

@@ -203,16 +203,19 @@ def test_nan_and_infinity():
 
 LEARNED_WITHOUT_CHANNELS = torch.zeros(4, 4, dtype=torch.int32)
 LEARNED_WITHOUT_CHANNELS[2, 2] = 1
+STEP_TOO_LARGE = torch.zeros(4, 4, dtype=torch.int32)
+STEP_TOO_LARGE[2, 1] = noise.MAX_STEP
 BAD_ROWS = [
     {"row": torch.tensor([0, 4, 1])},
     {"row": torch.tensor([0, -1, 1])},
     {"row": torch.tensor([0, 3, 1]), "previous_pred_xstart": None},
     {"row": torch.tensor([0, 2, 1]), "index": LEARNED_WITHOUT_CHANNELS},
+    {"row": torch.tensor([0, 2, 1]), "index": STEP_TOO_LARGE},
 ]
 
 
 @interpreted
-@pytest.mark.parametrize("change", BAD_ROWS, ids=["high", "low", "previous", "variance"])
+@pytest.mark.parametrize("change", BAD_ROWS, ids=["high", "low", "previous", "variance", "noise"])
 def test_a_bad_row_leaves_its_sample_as_it_was(change):
     arguments = {**case((3, 3, 7, 5)), **change}
     good = torch.tensor([0, 2])
@@ -287,7 +290,7 @@ def test_shared_memory_is_refused():
     assert "must not share memory" in refusal(step, a, None, a["x_t"])
     assert "must not share memory" in refusal(step, a, None, a["previous_pred_xstart"])
     twice = torch.zeros(1, 3, 4, 4).expand(2, 3, 4, 4)
-    assert "contiguous or channels_last" in refusal(step, a, None, twice)
+    assert "contiguous, channels_last or a slice" in refusal(step, a, None, twice)
     assert "next_input must have the shape" in refusal(step, a, None, torch.zeros(4, 3, 4, 4))
     assert "next_input must be float32" in refusal(step, a, None, a["x_t"].double())
 

@@ -17,7 +17,8 @@ __device__ void report(int32_t* status, Status code, int64_t row, int64_t sample
 __device__ bool usable(const StepArgs& args, int64_t at) {
   if (at < 0 || at >= args.table_rows) return false;
   const StepRow row = step_row(args, at);
-  return (!row.learned || args.model_channels == 2 * args.channels) &&
+  return row.noise_step >= 0 && row.noise_step < kMaxStep &&
+         (!row.learned || args.model_channels == 2 * args.channels) &&
          (row.c2 == 0.0f || args.previous != nullptr);
 }
 
@@ -163,7 +164,10 @@ bool together(const StepArgs& args, const Shape& shape) {
            lies_together(data, dtype == DType::kFloat32 ? 4 : 2, layout, shape, samples);
   };
   const int64_t rows = args.guidance_scale != nullptr ? 2 * args.samples : args.samples;
-  return shape.elements() % kWide == 0 &&
+  // Where the variance begins; with one channel nothing else has checked its stride.
+  const bool variance = args.model_channels == args.channels ||
+                        args.channels * args.model_layout.channel % kWide == 0;
+  return variance && shape.elements() % kWide == 0 &&
          lies(args.out, DType::kFloat32, args.out_layout, args.samples) &&
          lies(args.x_t, DType::kFloat32, args.x_layout, args.samples) &&
          lies(args.model_output, args.model_dtype, args.model_layout, rows) &&
