@@ -62,7 +62,10 @@ class Model:
 
     @property
     def conventions(self) -> list[str]:
-        return list(self.provenance.get("conventions", []))
+        """The sentences of the provenance, fit to be printed whatever a file has there."""
+        sentences = self.provenance.get("conventions", [])
+        found = [s for s in sentences if isinstance(s, str)] if isinstance(sentences, list) else []
+        return ["".join(c for c in s if c.isprintable())[:400] for s in found[:100]]
 
 
 def save_model(
@@ -124,6 +127,8 @@ def _configured(path: Path, metadata: dict[str, str], num_tensors: int) -> Model
                 unet = LucidUNet(LucidUNetConfig.from_dict(config["lucid_unet"]))
         else:
             unet = meta_unet(UNetConfig.from_dict(config["unet"]), num_tensors)
+        if unet.config.learn_sigma != variance.startswith("learned"):
+            raise ValueError(f"variance type {variance!r} and {unet.config.learn_sigma=}")
         schedule = NoiseSchedule.from_config(config["schedule"])
         return Model(unet, schedule, prediction, variance, clip, provenance)
     except KeyError as error:
@@ -159,20 +164,22 @@ def load_model(
         chosen.refuse_rest("ddpm_fast")
     else:
         model, tensors, read = _foreign(path, chosen)
-    if model.config.learn_sigma != model.variance_type.startswith("learned"):
-        raise CheckpointError(
-            f"{path} describes no valid model: variance type {model.variance_type!r} and "
-            f"learn_sigma {model.config.learn_sigma}"
-        )
     weights = _checked_weights(path, model.unet, tensors)
     model.unet.load_state_dict({k: v.to(device) for k, v in weights.items()}, assign=True)
     model.unet.eval().requires_grad_(False)
     model.name = os.fspath(name)
-    digest = hashlib.sha256()
-    for file in read:
-        digest.update(file.read_bytes())
-    model.sha256 = digest.hexdigest()
+    model.sha256 = _sha256(read)
     return model
+
+
+def _sha256(paths: list[Path]) -> str:
+    """Of the files' contents, one after the other; a large one is never in memory as a whole."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _foreign(path: Path, chosen: Choices) -> tuple[Model, dict[str, Tensor], list[Path]]:

@@ -217,6 +217,9 @@ def test_choices_change_the_model(read):
     scaled = read("guided_diffusion", timesteps=500, rescale_timesteps=True)
     assert scaled.config.timestep_scale == 2.0
     assert read("improved_diffusion", rescale_timesteps=False).config.timestep_scale == 1.0
+    with pytest.raises(ValueError, match="of twice the channels of the input") as caught:
+        read("guided_diffusion", variance_type="fixed_small")
+    assert not isinstance(caught.value, CheckpointError)
     model = read("diffusers", prediction_type="v_prediction", variance_type="fixed_small")
     assert (model.prediction_type, model.variance_type) == ("v_prediction", "fixed_small")
 
@@ -381,7 +384,7 @@ def test_a_network_that_unet_is_not(values, match, folder):
         ({"thresholding": True}, "thresholding=True of the scheduler is not supported"),
         ({"clip_sample_range": 3.0}, "clip_sample_range=3.0"),
         ({"variance_type": "learned"}, "variance_type of its scheduler must be one of"),
-        ({"variance_type": "learned_range"}, "variance type 'learned_range' and learn_sigma False"),
+        ({"variance_type": "learned_range"}, "variance type 'learned_range' is none for an output"),
         ({"beta_schedule": "laplace"}, "beta_schedule must be one of"),
         ({"num_train_timesteps": 10**12}, "num_timesteps must be between"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),

@@ -14,7 +14,7 @@ from ..schedule import PREDICTION_TYPES, NoiseSchedule
 from ..unet import Stage, UNet
 from ..unet_config import UNetConfig
 from .layout import Name, meta_unet, places, to_ours
-from .reading import Choices, Reading
+from .reading import Choices, Reading, pick_variance
 
 NAME = "diffusers"
 MARKER = "time_embedding.linear_1.weight"
@@ -291,7 +291,7 @@ def _process(
     variance = VARIANCES[one_of("variance_type of its scheduler", variance, VARIANCES)]
     if learn_sigma:
         variance = "learned_range"
-    variance = choices.pick("variance_type", variance, where)
+    variance = pick_variance(choices, variance, learn_sigma, where)
     clip = config.get("clip_sample", True) is not False
     choices.note(f"{schedule.num_timesteps} timesteps, clip {clip}: {where}")
     return schedule, prediction, variance, clip

@@ -19,7 +19,7 @@ from .layout import (
     shape_of,
     to_ours,
 )
-from .reading import Choices, Reading, Weights, pick_prediction, pick_schedule
+from .reading import Choices, Reading, Weights, pick_prediction, pick_schedule, pick_variance
 
 NAME = "Ho et al. as ported by pesser"
 MARKER = "temb.dense.0.weight"
@@ -76,7 +76,7 @@ def read(weights: Weights, choices: Choices, stem: str) -> Reading:
     why = "Ho et al.'s choice for CIFAR-10; for their larger images it is fixed_small"
     if fields["learn_sigma"]:
         variance, why = "learned", "by the output's channels"
-    variance = choices.pick("variance_type", variance, why)
+    variance = pick_variance(choices, variance, fields["learn_sigma"], why)
     schedule = pick_schedule(choices, "linear", 1000, "Ho et al.'s", scaled=False)
     unet = meta_unet(UNetConfig(sample_size=size, dropout=0.0, **fields), len(tensors))
     state = to_ours(unet, names(unet), tensors)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..lucid_unet import LucidUNet, LucidUNetConfig
 from ..schedule import NoiseSchedule
 from .layout import Name, count_parts, modules, shape_of, to_ours
-from .reading import Choices, Reading, Weights
+from .reading import Choices, Reading, Weights, pick_variance
 
 NAME = "lucidrains/denoising-diffusion-pytorch"
 MARKER = "init_conv.weight"
@@ -52,7 +52,7 @@ def read(weights: Weights, choices: Choices, stem: str) -> Reading:
     schedule = _schedule(weights.tensors, outer, choices)
     prediction = _objective(weights.tensors, outer, schedule, choices)
     variance = "learned_range" if config.learn_sigma else "fixed_small"
-    variance = choices.pick("variance_type", variance, "their sampler's")
+    variance = pick_variance(choices, variance, config.learn_sigma, "their sampler's")
     return Reading(network, state, schedule, prediction, variance)
 
 

@@ -22,7 +22,7 @@ from .layout import (
     shape_of,
     to_ours,
 )
-from .reading import Choices, Reading, Weights, pick_prediction, pick_schedule
+from .reading import Choices, Reading, Weights, pick_prediction, pick_schedule, pick_variance
 
 NAME = "OpenAI improved-/guided-diffusion"
 MARKER = "input_blocks.0.0.weight"
@@ -97,7 +97,7 @@ def read(weights: Weights, choices: Choices, stem: str) -> Reading:
         fields["null_class"] = choices.pick("null_class", "none", "their models have none")
         fields["num_classes"] = classes - (fields["null_class"] == "row")
     variance = "learned_range" if fields["learn_sigma"] else "fixed_large"
-    variance = choices.pick("variance_type", variance, "by the output's channels")
+    variance = pick_variance(choices, variance, fields["learn_sigma"], "by the output's channels")
     settings = DEFAULTS | released
     schedule = pick_schedule(choices, settings["schedule"], settings["timesteps"], why, True)
     fields["timestep_scale"] = _timestep_scale(choices, fields, released, schedule.num_timesteps)

@@ -126,5 +126,17 @@ def pick_schedule(
     return NoiseSchedule.linear(timesteps, scale * 1e-4, scale * 0.02)
 
 
+def pick_variance(choices: Choices, default: str, learned: bool, why: str) -> str:
+    """`default`, or what was asked for; ValueError unless the output has the channels for it."""
+    asked = choices.has("variance_type")
+    variance = choices.pick("variance_type", default, why)
+    if variance.startswith("learned") != learned:
+        error = ChoiceError if asked else ValueError
+        channels = "the same channels as" if not learned else "twice the channels of"
+        raise error(f"variance type {variance!r} is none for an output of {channels} the input")
+    return variance
+
+
 def pick_prediction(choices: Choices, why: str) -> str:
+    """epsilon, or what was asked for."""
     return choices.pick("prediction_type", "epsilon", why)

@@ -23,7 +23,7 @@ from .layout import (
     shape_of,
     to_ours,
 )
-from .reading import Choices, Reading, Weights, pick_prediction, pick_schedule
+from .reading import Choices, Reading, Weights, pick_prediction, pick_schedule, pick_variance
 
 NAME = "score_sde (ddpm)"
 MARKER = "all_modules.0.weight"
@@ -46,7 +46,7 @@ def read(weights: Weights, choices: Choices, stem: str) -> Reading:
     choices.note("attention follows the last block of a level on the way up: their code")
     size = image_size_of(choices, fields["attention_levels"])
     variance = "learned" if fields["learn_sigma"] else "fixed_large"
-    variance = choices.pick("variance_type", variance, "their ancestral sampler's")
+    variance = pick_variance(choices, variance, fields["learn_sigma"], "their ancestral sampler's")
     schedule = pick_schedule(choices, "linear", 1000, "their VP SDE's", scaled=True)
     choices.note("pred_xstart is not clipped: their samplers do not")
     config = UNetConfig(sample_size=size, dropout=0.0, up_attention="last", **fields)

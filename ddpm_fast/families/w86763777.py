@@ -20,7 +20,7 @@ from .layout import (
     shape_of,
     to_ours,
 )
-from .reading import Choices, Reading, Weights, pick_prediction, pick_schedule
+from .reading import Choices, Reading, Weights, pick_prediction, pick_schedule, pick_variance
 
 NAME = "w86763777/pytorch-ddpm"
 MARKER = "downblocks.0.block1.0.weight"
@@ -62,7 +62,7 @@ def read(weights: Weights, choices: Choices, stem: str) -> Reading:
     choices.note("norm eps 1e-5 in 32 groups, symmetric padding, one head: their code")
     size = choices.pick("image_size", 32, "their CIFAR-10 models' size")
     variance = "learned" if fields["learn_sigma"] else "fixed_large"
-    variance = choices.pick("variance_type", variance, "their default")
+    variance = pick_variance(choices, variance, fields["learn_sigma"], "their default")
     schedule = pick_schedule(choices, "linear", timesteps, "their default, T by the table", False)
     choices.note("pred_xstart is not clipped: their sampler clips a value that it does not use")
     config = UNetConfig(
