@@ -85,16 +85,17 @@ void fuzz_q_sample() {
   };
   copied(&x_t);
   copied(&noise);
-  const bool given = flip();
+  const bool given = flip(), past_caches = flip();
   const float coefficients[] = {0.9f, 0.3f, 0.5f, 0.8f, 0.0f, 1.0f};
   const auto t = random_indices(shape.samples, true), seed = random_indices(shape.samples, false);
   compare("q_sample", shape, {&x_t, &noise},
           [&](const CpuKernels& kernels, int64_t begin, int64_t end) {
             float* z = noise.data<float>();
-            kernels.q_sample({x_t.data<float>(), given ? nullptr : z, x_start.data<float>(),
-                              given ? z : nullptr, coefficients, t.data(), seed.data(), seed.data(),
-                              x_start.layout, shape.samples, shape.channels, shape.pixels, 3, 1},
-                             begin, end);
+            kernels.q_sample(
+                {x_t.data<float>(), given ? nullptr : z, x_start.data<float>(), given ? z : nullptr,
+                 coefficients, t.data(), seed.data(), seed.data(), x_start.layout, shape.samples,
+                 shape.channels, shape.pixels, 3, 1, past_caches},
+                begin, end);
             return int64_t{-1};
           });
 }
