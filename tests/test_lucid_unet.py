@@ -5,6 +5,7 @@ That it is theirs as a whole is in test_families.py.
 
 import pytest
 import torch
+from peer_fixtures import random_weights
 
 from ddpm_fast.checkpoint import CheckpointError, Model, load_model, save_model
 from ddpm_fast.lucid_unet import (
@@ -83,6 +84,27 @@ def test_a_model_is_saved_sampled_and_read(unet, tmp_path):
     sampler = Sampler.from_model(loaded, steps=2)
     assert not sampler.plan.clip_denoised and sampler.sample(3).shape == (3, 2, 8, 12)
     assert Sampler.from_model(loaded, clip_denoised=True).plan.clip_denoised
+
+
+def test_it_is_the_package_s_network(tmp_path):
+    try:
+        from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    except Exception as error:  # it asks for a torchvision that fits this torch
+        pytest.skip(f"denoising_diffusion_pytorch cannot be imported: {error}")
+    network = Unet(16, init_dim=12, dim_mults=(1, 2, 3), full_attn=(False, True, True)).eval()
+    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    network.load_state_dict(random_weights(shapes, 1))
+    process = GaussianDiffusion(
+        network, image_size=(8, 16), objective="pred_noise", beta_schedule="linear"
+    )
+    torch.save({"model": process.state_dict(), "step": 1}, tmp_path / "model-1.pt")
+    model = load_model(tmp_path / "model-1.pt", image_size=16)
+    x, t = torch.randn(2, 3, 8, 16), torch.tensor([3, 970])
+    with torch.no_grad():
+        want, got = network(x, t), model.unet(x, t)
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+    assert (model.schedule.betas == NoiseSchedule.linear().betas).all()
+    assert model.prediction_type == "epsilon"
 
 
 def test_inputs_that_do_not_fit_are_refused(unet):
