@@ -29,7 +29,9 @@ def parser() -> argparse.ArgumentParser:
     )
     for name, text in HINTS.items():
         option = "--" + name.replace("_", "-")
-        if name in COUNTS:
+        if name == "image_size":
+            group.add_argument(option, type=cli.size, metavar="HxW", help=text)
+        elif name in COUNTS:
             group.add_argument(option, type=int, help=text)
         elif name == "rescale_timesteps":
             group.add_argument(option, action=argparse.BooleanOptionalAction, help=text)

@@ -84,6 +84,13 @@ def test_what_is_asked_wrongly(model_file, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["bad.safetensors", model_file.name]
 
 
+def test_a_size_that_is_not_square(tmp_path, capsys):
+    path, out = write_checkpoint("ho", tmp_path), tmp_path / "a.safetensors"
+    status, said, _ = run(capsys, path, out, "--image-size", "32x64")
+    assert status == 0 and "image_size (32, 64): as asked for" in said
+    assert load_model(out).config.sample_shape == (3, 32, 64)
+
+
 def test_overwrite_dtype_and_quiet(model_file, tmp_path, capsys):
     out = tmp_path / "a.safetensors"
     for words in ([], ["--overwrite", "--dtype", "float16"]):

@@ -103,7 +103,7 @@ def test_a_scheduler_s_configuration_decides(values, want, folder):
         ({"norm_num_groups": None}, "norm_groups must be a whole number"),
         ({"out_channels": 5}, "takes 3 channels and gives 5"),
         ({"in_channels": "3"}, "in_channels must be a whole number"),
-        ({"sample_size": [32]}, "sample_size of its configuration"),
+        ({"sample_size": [32]}, "sample_size must be a whole number"),
         ({"time_embedding_dim": 99}, "time_embedding_dim"),
         ({"attn_norm_num_groups": 8}, "attn_norm_num_groups"),
     ],

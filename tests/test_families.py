@@ -193,6 +193,7 @@ def test_openai_s_released_files_are_known_by_name(stem, want, tmp_path):
         ({"qkv_order": "both"}, "qkv_order must be one of"),
         ({"image_size": 0}, "image_size must be between"),
         ({"image_size": 2.5}, "image_size must be a whole number"),
+        ({"image_size": (32, 32, 3)}, "image_size must be a whole number"),
         ({"depth": 3}, "argument for a checkpoint must be one of"),
         ({"qkv_order": "qkv"}, "qkv_order cannot be chosen for this checkpoint"),
         ({"null_class": "row"}, "null_class cannot be chosen for this checkpoint"),
@@ -207,6 +208,7 @@ def test_what_is_no_choice_is_a_usage_error(choices, match, checkpoints):
 
 
 def test_choices_change_the_model(read):
+    assert read("ho", image_size=(32, 64)).config.sample_size == (32, 64)
     model = read("guided_diffusion", null_class="row", timesteps=500, schedule="linear")
     assert (model.config.num_classes, model.config.null_class) == (4, "row")
     assert model.schedule.betas.tolist() == NoiseSchedule.linear(500, 2e-4, 0.04).betas.tolist()

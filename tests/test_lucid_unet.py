@@ -98,13 +98,13 @@ def test_it_is_the_package_s_network(tmp_path):
         network, image_size=(8, 16), objective="pred_noise", beta_schedule="linear"
     )
     torch.save({"model": process.state_dict(), "step": 1}, tmp_path / "model-1.pt")
-    model = load_model(tmp_path / "model-1.pt", image_size=16)
+    model = load_model(tmp_path / "model-1.pt", image_size=(8, 16))
     x, t = torch.randn(2, 3, 8, 16), torch.tensor([3, 970])
     with torch.no_grad():
         want, got = network(x, t), model.unet(x, t)
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
     assert (model.schedule.betas == NoiseSchedule.linear().betas).all()
-    assert model.prediction_type == "epsilon"
+    assert model.prediction_type == "epsilon" and model.config.sample_size == (8, 16)
 
 
 def test_inputs_that_do_not_fit_are_refused(unet):

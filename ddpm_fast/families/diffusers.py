@@ -14,7 +14,7 @@ from ..schedule import PREDICTION_TYPES, NoiseSchedule
 from ..unet import Stage, UNet
 from ..unet_config import UNetConfig
 from .layout import Name, meta_unet, places, to_ours
-from .reading import Choices, Reading, pick_variance
+from .reading import Choices, Reading, pick_size, pick_variance
 
 NAME = "diffusers"
 MARKER = "time_embedding.linear_1.weight"
@@ -210,13 +210,11 @@ def _fields(config: Mapping[str, Any], choices: Choices) -> dict[str, Any]:
     groups = config["attn_norm_num_groups"]
     if groups not in (None, config["norm_num_groups"]):
         raise ValueError("attn_norm_num_groups beside another norm_num_groups is not supported")
-    size = config["sample_size"]
-    known = size is not None
-    size = choices.pick(
-        "image_size", size if known else 32, "its config.json" if known else "a guess, none given"
-    )
+    size, why = config["sample_size"], "its config.json"
+    if size is None:
+        size, why = 32, "a guess: its config.json has none"
     return _classes(config, choices) | {
-        "sample_size": _two(size),
+        "sample_size": pick_size(choices, size, why),
         "in_channels": in_channels,
         "learn_sigma": out_channels != in_channels,
         "base_channels": channels[0],
@@ -235,15 +233,6 @@ def _fields(config: Mapping[str, Any], choices: Choices) -> dict[str, Any]:
         "scale_shift_norm": scale_shift,
         "resblock_updown": updown,
     }
-
-
-def _two(size: Any) -> tuple[Any, Any]:
-    """Height and width of a sample_size, which may be one number."""
-    if not isinstance(size, (list, tuple)):
-        return size, size
-    if len(size) != 2:
-        raise ValueError(f"sample_size of its configuration is {shown(size)}, not two numbers")
-    return tuple(size)
 
 
 def _classes(config: Mapping[str, Any], choices: Choices) -> dict[str, Any]:

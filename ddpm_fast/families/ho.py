@@ -19,7 +19,15 @@ from .layout import (
     shape_of,
     to_ours,
 )
-from .reading import Choices, Reading, Weights, pick_prediction, pick_schedule, pick_variance
+from .reading import (
+    Choices,
+    Reading,
+    Weights,
+    pick_prediction,
+    pick_schedule,
+    pick_size,
+    pick_variance,
+)
 
 NAME = "Ho et al. as ported by pesser"
 MARKER = "temb.dense.0.weight"
@@ -52,8 +60,7 @@ def image_size_of(choices: Choices, attention_levels: tuple[bool, ...]) -> tuple
         size, why = 16 << where[0], f"attention at level {where[0]}, which is the one of 16x16"
     else:
         size, why = 32, "their CIFAR-10 models' size; not one level has attention"
-    size = choices.pick("image_size", size, why)
-    return size, size
+    return pick_size(choices, size, why)
 
 
 def read(weights: Weights, choices: Choices, stem: str) -> Reading:

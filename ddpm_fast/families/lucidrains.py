@@ -14,7 +14,7 @@ from torch import Tensor
 from ..lucid_unet import LucidUNet, LucidUNetConfig
 from ..schedule import NoiseSchedule
 from .layout import Name, count_parts, modules, shape_of, to_ours
-from .reading import Choices, Reading, Weights, pick_variance
+from .reading import Choices, Reading, Weights, pick_size, pick_variance
 
 NAME = "lucidrains/denoising-diffusion-pytorch"
 MARKER = "init_conv.weight"
@@ -42,8 +42,8 @@ def read(weights: Weights, choices: Choices, stem: str) -> Reading:
         raise ValueError("its blocks have no RMSNorm: only lucidrains' versions 2.x are read")
     fields = _fields(tensors)
     choices.note("embedding sin_cos with shift 1, RMS norms, norms after convolutions: their code")
-    size = choices.pick("image_size", 128, "their README's example")
-    config = LucidUNetConfig(sample_size=(size, size), **fields)
+    size = pick_size(choices, 128, "their README's example")
+    config = LucidUNetConfig(sample_size=size, **fields)
     with torch.device("meta"):
         network = LucidUNet(config)
     state = to_ours(network, names(network), _renamed(tensors))

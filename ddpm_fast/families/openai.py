@@ -22,7 +22,15 @@ from .layout import (
     shape_of,
     to_ours,
 )
-from .reading import Choices, Reading, Weights, pick_prediction, pick_schedule, pick_variance
+from .reading import (
+    Choices,
+    Reading,
+    Weights,
+    pick_prediction,
+    pick_schedule,
+    pick_size,
+    pick_variance,
+)
 
 NAME = "OpenAI improved-/guided-diffusion"
 MARKER = "input_blocks.0.0.weight"
@@ -90,7 +98,7 @@ def read(weights: Weights, choices: Choices, stem: str) -> Reading:
     size_why = f"their scripts' size for channel_mult {tuple(f'{m:g}' for m in published)}"
     if published not in IMAGE_SIZES:
         size_why = f"their scripts' default; channel_mult {published} is none of theirs"
-    size = choices.pick("image_size", IMAGE_SIZES.get(published, 64), size_why)
+    size = pick_size(choices, IMAGE_SIZES.get(published, 64), size_why)
     _pick_attention(choices, fields, released, why)
     classes = fields.pop("label_rows")
     if classes is not None:
@@ -102,7 +110,7 @@ def read(weights: Weights, choices: Choices, stem: str) -> Reading:
     schedule = pick_schedule(choices, settings["schedule"], settings["timesteps"], why, True)
     fields["timestep_scale"] = _timestep_scale(choices, fields, released, schedule.num_timesteps)
     config = UNetConfig(
-        sample_size=(size, size),
+        sample_size=size,
         norm_eps=1e-5,
         embedding_order="cos_sin",
         embedding_shift=0.0,

@@ -14,7 +14,7 @@ from ..unet_config import NULL_CLASSES, QKV_ORDERS
 
 # What a checkpoint may leave open; each is an argument of load_model and an option of convert.
 HINTS = {
-    "image_size": "height and width that it was trained on",
+    "image_size": "height and width that it was trained on: one number, or two",
     "num_heads": "heads of each attention",
     "head_channels": "channels of each head, instead of a number of heads",
     "qkv_order": "layout of the attention's projection",
@@ -33,7 +33,7 @@ OPTIONS = {
     "variance_type": VARIANCE_TYPES,
     "null_class": tuple(name for name in NULL_CLASSES if name != "zero"),
 }
-COUNTS = {"image_size": 2**16, "num_heads": 2**12, "head_channels": 2**14, "timesteps": 2**20 - 1}
+COUNTS = {"num_heads": 2**12, "head_channels": 2**14, "timesteps": 2**20 - 1}
 
 
 class ChoiceError(ValueError):
@@ -82,6 +82,9 @@ class Choices:
                 one_of("an argument for a checkpoint", name, HINTS)
                 if name in OPTIONS:
                     one_of(name, value, OPTIONS[name])
+                elif name == "image_size":
+                    for side in _sides(value):
+                        count(name, side, 1, 2**16)
                 elif name in COUNTS:
                     count(name, value, 1, COUNTS[name])
         except ValueError as error:
@@ -110,6 +113,16 @@ class Choices:
                 f"{', '.join(self.given)} cannot be chosen for this checkpoint ({family}): its "
                 f"shapes or its configuration say it"
             )
+
+
+def _sides(size: Any) -> tuple[Any, ...]:
+    return tuple(size) if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+
+
+def pick_size(choices: Choices, default: Any, why: str) -> tuple[int, int]:
+    """Height and width: those asked for, else `default`, which may be one number, too."""
+    height, width = _sides(choices.pick("image_size", default, why))
+    return height, width
 
 
 def pick_schedule(

@@ -20,7 +20,15 @@ from .layout import (
     shape_of,
     to_ours,
 )
-from .reading import Choices, Reading, Weights, pick_prediction, pick_schedule, pick_variance
+from .reading import (
+    Choices,
+    Reading,
+    Weights,
+    pick_prediction,
+    pick_schedule,
+    pick_size,
+    pick_variance,
+)
 
 NAME = "w86763777/pytorch-ddpm"
 MARKER = "downblocks.0.block1.0.weight"
@@ -60,13 +68,13 @@ def read(weights: Weights, choices: Choices, stem: str) -> Reading:
     timesteps = _check_table(tensors)
     choices.note(f"embedding interleaved with shift 0: its table of {timesteps} timesteps is that")
     choices.note("norm eps 1e-5 in 32 groups, symmetric padding, one head: their code")
-    size = choices.pick("image_size", 32, "their CIFAR-10 models' size")
+    size = pick_size(choices, 32, "their CIFAR-10 models' size")
     variance = "learned" if fields["learn_sigma"] else "fixed_large"
     variance = pick_variance(choices, variance, fields["learn_sigma"], "their default")
     schedule = pick_schedule(choices, "linear", timesteps, "their default, T by the table", False)
     choices.note("pred_xstart is not clipped: their sampler clips a value that it does not use")
     config = UNetConfig(
-        sample_size=(size, size),
+        sample_size=size,
         norm_eps=1e-5,
         embedding_order="interleaved",
         embedding_shift=0.0,
