@@ -51,10 +51,10 @@ class Model:
     schedule: NoiseSchedule
     prediction_type: str = "epsilon"
     variance_type: str = "fixed_small"
-    clip_denoised: bool = True
     provenance: dict[str, Any] = field(default_factory=dict)
     name: str = ""
     sha256: str = ""
+    clip_denoised: bool = True
 
     @property
     def config(self) -> UNetConfig | LucidUNetConfig:
@@ -130,7 +130,7 @@ def _configured(path: Path, metadata: dict[str, str], num_tensors: int) -> Model
         if unet.config.learn_sigma != variance.startswith("learned"):
             raise ValueError(f"variance type {variance!r} and {unet.config.learn_sigma=}")
         schedule = NoiseSchedule.from_config(config["schedule"])
-        return Model(unet, schedule, prediction, variance, clip, provenance)
+        return Model(unet, schedule, prediction, variance, provenance, clip_denoised=clip)
     except KeyError as error:
         raise CheckpointError(f"{path} describes no valid model: it lacks {error}") from None
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -196,8 +196,8 @@ def _foreign(path: Path, chosen: Choices) -> tuple[Model, dict[str, Tensor], lis
         reading.schedule,
         reading.prediction_type,
         reading.variance_type,
-        reading.clip_denoised,
         provenance,
+        clip_denoised=reading.clip_denoised,
     )
     return model, reading.tensors, read
 
