@@ -11,14 +11,15 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MAX_TENSORS = 100_000
-MAX_DEPTH = 6
+# Containers may hold one another over and over: a short file can have paths without end.
+MAX_ENTRIES, MAX_DEPTH = 1_000_000, 6
 # ermongroup/ddim saves a list; these are the names of its entries.
 LIST = ("model", "optimizer", "epoch", "step", "ema")
 
@@ -57,12 +58,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(_sentence(error)) from None
     if isinstance(root, (list, tuple)):
         root = dict(zip(LIST, root, strict=False))
-    found = {}
-    for key, value in _tensors(root, "", MAX_DEPTH):
-        if len(found) == MAX_TENSORS:
-            raise ValueError(f"it holds more than {MAX_TENSORS} tensors: it is no model")
-        found[key] = value
-    return found
+    return dict(_tensors(root, "", MAX_DEPTH, count()))
 
 
 def _check_archive(path: Path) -> None:
@@ -91,8 +87,10 @@ def _sentence(error: Exception) -> str:
     return f"it is no readable PyTorch file (truncated or of another format): {reason}"
 
 
-def _tensors(value: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested containers."""
+def _tensors(
+    value: Any, path: str, depth: int, entries: Iterator[int]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested containers, to a depth; `entries` counts those that were looked at."""
     if isinstance(value, Tensor):
         yield path, _checked(value, path)
         return
@@ -105,8 +103,11 @@ def _tensors(value: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor]]:
     if depth == 0:
         return
     for key, inner in items:
+        if next(entries) == MAX_ENTRIES:
+            raise ValueError(f"it has more than {MAX_ENTRIES} entries: it is no model")
         if isinstance(inner, (Tensor, dict, list, tuple)) and isinstance(key, (str, int)):
-            yield from _tensors(inner, f"{path}.{key}" if path else str(key), depth - 1)
+            inner_path = f"{path}.{key}" if path else str(key)
+            yield from _tensors(inner, inner_path, depth - 1, entries)
 
 
 def _checked(value: Tensor, path: str) -> Tensor:

@@ -106,6 +106,11 @@ def test_containers_without_end_are_not_walked(tmp_path):
     refuses(path, "could not be placed: there are none")
     torch.save({str(i): torch.zeros(1) for i in range(100)} | {"x": [nested] * 3}, path)
     refuses(path, "its 100 tensors could not be placed")
+    wide: list = []
+    for _ in range(6):
+        wide = [wide] * 1000  # 10 ** 18 ways to nothing
+    torch.save({"x": wide}, path)
+    refuses(path, "has more than 1000000 entries")
     ring: dict = {"w": torch.zeros(1)}
     ring["again"] = ring
     torch.save(ring, path)
