@@ -147,7 +147,7 @@ class UNet(nn.Module):
 
     Args of forward:
         x: x_t, (N, C, *size), each size a multiple of 2 ** (levels - 1).
-        t: timesteps, (N,), integer or float (models trained on rescaled timesteps).
+        t: timesteps of the schedule, (N,), integer or float.
         class_labels: (N,) int64 in 0..num_classes, the last meaning "no class", as None does for
             all. Only for class-conditional models; with null_class "none", 0..num_classes - 1.
     Returns (N, C, *size), or (N, 2C, *size) with learned variance.

@@ -149,6 +149,8 @@ def test_the_averaged_weights_are_read_unless_others_are_asked_for(checkpoints, 
     made = fixture("w86763777")
     other = load_model(checkpoints["w86763777"], weights="net_model")
     assert not other.unet.conv_in.weight.any()
+    other = load_model(checkpoints["score_sde"], weights="model.module")
+    assert not other.unet.conv_in.weight.any()
     refuses(checkpoints["w86763777"], "has no weights 'net'; it has", ValueError, weights="net")
     # ermongroup/ddim: a list of the model, its optimizer, epoch, step and averages.
     made = fixture("ho")

@@ -54,8 +54,9 @@ def _read_tensors(tensors: Mapping[str, Tensor], choices: Choices, stem: str) ->
         prefixes = [k[: -len(family.MARKER)] for k in tensors if _ends_with(k, family.MARKER)]
         if prefixes:
             choices.note(f"family {family.NAME}: it has {family.MARKER}")
-            prefix = _pick_prefix(prefixes, choices)
-            reading = family.read(Weights(tensors, prefix), choices, stem)
+            asked = choices.has("weights")
+            weights = Weights(tensors, _pick_prefix(prefixes, choices), asked)
+            reading = family.read(weights, choices, stem)
             reading.family = family.NAME
             return reading
     if any(_ends_with(key, diffusers.MARKER) for key in tensors):

@@ -85,7 +85,7 @@ ONLY = {
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
     "mid_block_type": ("UNetMidBlock2D",),
-    "mid_block_scale_factor": (1,),
+    "mid_block_scale_factor": (1, 1.0),
     "act_fn": ("silu", "swish"),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None,),

@@ -41,10 +41,14 @@ class ChoiceError(ValueError):
 
 
 class Weights(NamedTuple):
-    """All tensors of a file by their path in it, and the prefix of those of the network."""
+    """All tensors of a file by their path in it, and the prefix of those of the network.
+
+    asked: whether that prefix was asked for, and nothing better is to be looked for.
+    """
 
     tensors: Mapping[str, Tensor]
     prefix: str
+    asked: bool
 
     def network(self) -> dict[str, Tensor]:
         n = len(self.prefix)

@@ -64,7 +64,7 @@ def _averaged(weights: Weights, choices: Choices) -> dict[str, Tensor]:
     tensors = weights.network()
     tensors.pop("sigmas", None)
     shadow = "ema.shadow_params."
-    if f"{shadow}0" not in weights.tensors:
+    if weights.asked or f"{shadow}0" not in weights.tensors:
         return tensors
     number = sum(key.startswith(shadow) for key in weights.tensors)
     if number != len(tensors):
