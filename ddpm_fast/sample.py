@@ -138,7 +138,7 @@ def make_sampler(args: argparse.Namespace, model: Model, device: torch.device) -
         eta=args.eta,
         use_clipped_model_output=args.use_clipped_model_output,
         variance_type=args.variance,
-        clip_denoised=not args.no_clip,
+        clip_denoised=False if args.no_clip else None,
         guidance_scale=args.guidance,
         backend=args.backend,
         graphs=args.graphs,
@@ -258,6 +258,8 @@ def main(argv: list[str] | None = None) -> int:
     if device.index is not None:
         torch.cuda.set_device(device)
     model = load_model(args.model, device)
+    if world.leads and not args.quiet:
+        print(*model.conventions, sep="\n", end="\n" if model.conventions else "")
     sampler = make_sampler(args, model, device)
     init = None if args.init is None else load_dataset(args.init)
     batch_size = args.batch_size
