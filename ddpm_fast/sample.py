@@ -75,6 +75,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, help="of a process; default: the cores, shared out")
     p.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network")
     p.add_argument("--backend", choices=NAMES, default="auto", help="of the fused step")
+    p.add_argument(
+        "--fused",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a CPU: the network's layers packed and fused, or as they were trained",
+    )
     p.add_argument("--out", default="samples", help="folder for the results, or an fsspec URL")
     p.add_argument("--overwrite", action="store_true", help="replace another run in --out")
     p.add_argument("--npz", action="store_true", help="also one samples_NxHxWxC.npz")
@@ -132,10 +138,11 @@ def make_sampler(args: argparse.Namespace, model: Model, device: torch.device) -
         eta=args.eta,
         use_clipped_model_output=args.use_clipped_model_output,
         variance_type=args.variance,
-        clip_denoised=not args.no_clip,
+        clip_denoised=False if args.no_clip else None,
         guidance_scale=args.guidance,
         backend=args.backend,
         graphs=args.graphs,
+        fused=args.fused,
     )
 
 
@@ -251,6 +258,8 @@ def main(argv: list[str] | None = None) -> int:
     if device.index is not None:
         torch.cuda.set_device(device)
     model = load_model(args.model, device)
+    if world.leads and not args.quiet:
+        print(*model.conventions, sep="\n", end="\n" if model.conventions else "")
     sampler = make_sampler(args, model, device)
     init = None if args.init is None else load_dataset(args.init)
     batch_size = args.batch_size

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
 from .arguments import count, real
 from .checkpoint import Model
-from .device import memory_format
 from .graphs import CapturedStep
+from .inference import FusedUNet, prepare
 from .loop import FirstState, Loop, check_first_state, rows
 from .plan import Plan, make_plan
 from .schedule import NoiseSchedule
@@ -107,27 +106,34 @@ class Sampler:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         variance_type: str | None = None,
+        clip_denoised: bool | None = None,
+        fused: bool = True,
         **settings: object,
     ) -> Sampler:
         """A sampler of a loaded model, its network prepared for `dtype` on `device`.
 
-        variance_type: overrides the checkpoint's; the rest as for `Sampler`.
+        variance_type, clip_denoised: override the checkpoint's. fused: see `inference.prepare`; the
+        rest as for `Sampler`.
         """
         config = model.config
         device = torch.device(device or next(model.unet.parameters()).device)
         null = config.num_classes if config.null_class != "none" else None
-        return cls(
-            prepare(model.unet, device, dtype),
+        sampler = cls(
+            prepare(model.unet, device, dtype, fused),
             model.schedule,
             config.sample_shape,
             prediction_type=model.prediction_type,
             variance_type=variance_type or model.variance_type,
+            clip_denoised=model.clip_denoised if clip_denoised is None else clip_denoised,
             num_classes=config.num_classes,
             null_class=null,
             device=device,
             dtype=dtype,
             **settings,
         )
+        if isinstance(sampler.network, FusedUNet):
+            sampler.network.expect(sampler.timesteps.tolist())
+        return sampler
 
     def check(
         self,
@@ -279,14 +285,6 @@ def sample_range(start: int, num_samples: int) -> range:
     count("the number of samples", num_samples, 1, LAST_INDEX)
     count("the first sample", start, 0, LAST_INDEX + 1 - num_samples)
     return range(start, start + num_samples)
-
-
-def prepare(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of the network for sampling: on `device`, in `dtype`, in eval mode."""
-    network = copy.deepcopy(unet).to(device, dtype).eval().requires_grad_(False)
-    if any(p.ndim == 4 for p in network.parameters()):
-        network.to(memory_format=memory_format(device, dtype, 4))
-    return network
 
 
 def _resolve(device: torch.device, backend: str, graphs: bool) -> tuple[str, str]:

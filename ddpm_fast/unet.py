@@ -57,7 +57,7 @@ class ResBlock(nn.Module):
         self, config: UNetConfig, channels: int, out_channels: int, resample: str | None = None
     ) -> None:
         super().__init__()
-        dims, width = config.dims, 4 * config.base_channels
+        dims, width = config.dims, config.time_channels[1]
         self.resample = resample
         self.scale_shift = config.scale_shift_norm
         self.norm1 = nn.GroupNorm(config.norm_groups, channels, config.norm_eps)
@@ -91,11 +91,13 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all positions, with a residual connection."""
 
-    def __init__(self, config: UNetConfig, channels: int) -> None:
+    def __init__(self, config: UNetConfig, channels: int, normalised: bool = True) -> None:
         super().__init__()
         self.heads = channels // config.head_channels if config.head_channels else config.num_heads
         self.order = config.qkv_order
-        self.norm = nn.GroupNorm(config.norm_groups, channels, config.norm_eps)
+        self.norm = nn.Identity()
+        if normalised:
+            self.norm = nn.GroupNorm(config.norm_groups, channels, config.norm_eps)
         self.qkv = _conv(config.dims, channels, 3 * channels, 1)
         self.proj = _zero(_conv(config.dims, channels, channels, 1))
 
@@ -136,14 +138,64 @@ class Upsample(nn.Module):
 class Stage(nn.Module):
     """A residual block, and the attention that may follow it."""
 
-    def __init__(self, config: UNetConfig, channels: int, out: int, attention: bool) -> None:
+    def __init__(
+        self, config: UNetConfig, channels: int, out: int, attention: bool, normalised: bool = True
+    ) -> None:
         super().__init__()
         self.block = ResBlock(config, channels, out)
-        self.attention = Attention(config, out) if attention else None
+        self.attention = Attention(config, out, normalised) if attention else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         x = self.block(x, emb)
         return x if self.attention is None else self.attention(x)
+
+
+def embed(
+    config: UNetConfig,
+    time_mlp: nn.Sequential,
+    class_embedding: nn.Embedding | None,
+    t: Tensor,
+    class_labels: Tensor | None,
+) -> Tensor:
+    """The activated embedding (N, time_channels[1]) that every block projects."""
+    channels, order = config.time_channels[0], config.embedding_order
+    t = t if config.timestep_scale == 1 else t * config.timestep_scale
+    emb = timestep_embedding(t, channels, order, config.embedding_shift)
+    emb = time_mlp(emb.to(time_mlp[0].weight.dtype))
+    if class_embedding is not None:
+        if class_labels is None:
+            class_labels = torch.full_like(t, config.num_classes, dtype=torch.int64)
+        rows = class_embedding.weight
+        if config.null_class == "zero":
+            rows = F.pad(rows, (0, 0, 0, 1))
+        emb = emb + F.embedding(class_labels, rows)
+    return F.silu(emb)
+
+
+def check_inputs(config: UNetConfig, x: Tensor, t: Tensor, class_labels: Tensor | None) -> None:
+    """Raise ValueError, in one sentence, for inputs that a U-Net of this kind does not take."""
+    c, n = config, x.shape[0]
+    c.check_size(tuple(x.shape[2:]))
+    if x.shape[1] != c.in_channels:
+        raise ValueError(f"x must have {c.in_channels} channels, got {x.shape[1]}")
+    if t.shape != (n,):
+        raise ValueError(f"t must have shape ({n},), one per sample, got {tuple(t.shape)}")
+    if class_labels is None:
+        if c.num_classes and c.null_class == "none":
+            raise ValueError("this model was trained without a null class: give class_labels")
+        return
+    if c.num_classes is None:
+        raise ValueError("class_labels were given, but this model was trained without classes")
+    if class_labels.shape != (n,) or class_labels.dtype != torch.int64:
+        raise ValueError(
+            f"class_labels must be int64 of shape ({n},), got {class_labels.dtype} of shape "
+            f"{tuple(class_labels.shape)}"
+        )
+    last = c.num_classes - (c.null_class == "none")
+    if n and class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(class_labels.min()), int(class_labels.max())
+        if low < 0 or high > last:
+            raise ValueError(f"class_labels must be in 0..{last}, got {low} to {high}")
 
 
 class UNet(nn.Module):
@@ -151,7 +203,7 @@ class UNet(nn.Module):
 
     Args of forward:
         x: x_t, (N, C, *size), each size a multiple of 2 ** (levels - 1).
-        t: timesteps, (N,), integer or float (models trained on rescaled timesteps).
+        t: timesteps of the schedule, (N,), integer or float.
         class_labels: (N,) int64 in 0..num_classes, the last meaning "no class", as None does for
             all. Only for class-conditional models; with null_class "none", 0..num_classes - 1.
     Returns (N, C, *size), or (N, 2C, *size) with learned variance.
@@ -162,8 +214,10 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        ch, width = config.base_channels, 4 * config.base_channels
-        self.time_mlp = nn.Sequential(nn.Linear(ch, width), nn.SiLU(), nn.Linear(width, width))
+        ch, (sinusoids, width) = config.base_channels, config.time_channels
+        self.time_mlp = nn.Sequential(
+            nn.Linear(sinusoids, width), nn.SiLU(), nn.Linear(width, width)
+        )
         rows = (config.num_classes or 0) + (config.null_class == "row")
         self.class_embedding = _embedding(rows, width) if config.num_classes else None
         self.conv_in = _conv(config.dims, config.in_channels, ch, 3, padding=1)
@@ -179,12 +233,16 @@ class UNet(nn.Module):
                 self.down.append(self._resampler(config, ch, "down"))
                 skips.append(ch)
         self.middle = nn.ModuleList(
-            [Stage(config, ch, ch, config.mid_attention), Stage(config, ch, ch, False)]
+            [
+                Stage(config, ch, ch, config.mid_attention, config.mid_attention_norm),
+                Stage(config, ch, ch, False),
+            ]
         )
         self.up = nn.ModuleList()
         for level, out in reversed(list(enumerate(config.level_channels))):
-            for _ in range(config.num_res_blocks + 1):
-                attention = config.attention_levels[level]
+            for block in range(config.num_res_blocks + 1):
+                here = config.up_attention == "every" or block == config.num_res_blocks
+                attention = config.attention_levels[level] and here
                 self.up.append(Stage(config, ch + skips.pop(), out, attention))
                 ch = out
             if level > 0:
@@ -198,47 +256,9 @@ class UNet(nn.Module):
             return ResBlock(config, channels, channels, resample=way)
         return (Downsample if way == "down" else Upsample)(config, channels)
 
-    def embed(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """The activated embedding (N, 4 * base_channels) that every block projects."""
-        c = self.config
-        emb = timestep_embedding(t, c.base_channels, c.embedding_order, c.embedding_shift)
-        emb = self.time_mlp(emb.to(self.time_mlp[0].weight.dtype))
-        if self.class_embedding is not None:
-            if class_labels is None:
-                class_labels = torch.full_like(t, c.num_classes, dtype=torch.int64)
-            rows = self.class_embedding.weight
-            if c.null_class == "zero":
-                rows = F.pad(rows, (0, 0, 0, 1))
-            emb = emb + F.embedding(class_labels, rows)
-        return F.silu(emb)
-
-    def _check(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> None:
-        c, n = self.config, x.shape[0]
-        c.check_size(tuple(x.shape[2:]))
-        if x.shape[1] != c.in_channels:
-            raise ValueError(f"x must have {c.in_channels} channels, got {x.shape[1]}")
-        if t.shape != (n,):
-            raise ValueError(f"t must have shape ({n},), one per sample, got {tuple(t.shape)}")
-        if class_labels is None:
-            if c.num_classes and c.null_class == "none":
-                raise ValueError("this model was trained without a null class: give class_labels")
-            return
-        if c.num_classes is None:
-            raise ValueError("class_labels were given, but this model was trained without classes")
-        if class_labels.shape != (n,) or class_labels.dtype != torch.int64:
-            raise ValueError(
-                f"class_labels must be int64 of shape ({n},), got {class_labels.dtype} of shape "
-                f"{tuple(class_labels.shape)}"
-            )
-        last = c.num_classes - (c.null_class == "none")
-        if n and class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = int(class_labels.min()), int(class_labels.max())
-            if low < 0 or high > last:
-                raise ValueError(f"class_labels must be in 0..{last}, got {low} to {high}")
-
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        self._check(x, t, class_labels)
-        emb = self.embed(t, class_labels)
+        check_inputs(self.config, x, t, class_labels)
+        emb = embed(self.config, self.time_mlp, self.class_embedding, t, class_labels)
         h = self.conv_in(x)
         skips = [h]
         for module in self.down:
