@@ -93,9 +93,9 @@ def memory(folder: Path) -> dict:
 
 
 def throughput(folder: Path) -> dict:
-    """A batch of each in turns, with new samplers, whose first steps are slower, in both."""
+    """In turns, with new samplers, whose first steps are slower, in both."""
     device = resolve_device("auto")
-    steps, n = 20, BATCH_SIZE
+    steps, n = 50, 2 * BATCH_SIZE
     model = load_model("mnist", device)
 
     def bare() -> float:
@@ -113,7 +113,7 @@ def throughput(folder: Path) -> dict:
         return speed(out)
 
     rates: dict[str, list[float]] = {"bare": [], "command": []}
-    for i in range(4 * ROUNDS):
+    for i in range(ROUNDS + 1):
         for name in sorted(rates, reverse=bool(i % 2)):
             rates[name].append(bare() if name == "bare" else command(i))
     medians = {name: statistics.median(values) for name, values in rates.items()}
