@@ -62,6 +62,28 @@ def test_a_model_read_is_a_model_of_ours(name, read, tmp_path):
     assert all(torch.equal(value, weights[key]) for key, value in ours.unet.state_dict().items())
 
 
+OPENAI = (1e-5, "cos_sin", 0.0, "symmetric", "every")
+CONVENTIONS = {
+    "improved_diffusion": OPENAI,
+    "guided_diffusion": OPENAI,
+    "guided_diffusion_half": OPENAI,
+    "ho": (1e-6, "sin_cos", 1.0, "asymmetric", "every"),
+    "score_sde": (1e-6, "sin_cos", 1.0, "asymmetric", "last"),
+    "w86763777": (1e-5, "interleaved", 0.0, "symmetric", "every"),
+    "diffusers": (1e-6, "sin_cos", 1.0, "asymmetric", "every"),
+    "diffusers_adm": OPENAI,
+}
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_the_conventions_are_the_published_ones(name, read):
+    """Beside the test of eps, in which a norm's eps hardly shows."""
+    c = read(name).config
+    found = (c.norm_eps, c.embedding_order, c.embedding_shift, c.downsample_padding, c.up_attention)
+    assert found == CONVENTIONS[name] and c.norm_groups == 32
+    assert c.mid_attention_norm == (name != "diffusers_adm")
+
+
 LINEAR = NoiseSchedule.linear()
 PROCESS = {
     "improved_diffusion": (NoiseSchedule.cosine(4000), "epsilon", "learned_range", True),
