@@ -1,11 +1,14 @@
-"""What the commands share: a size as an option, and how an error becomes one sentence."""
+"""What the commands share: a size as an option, and how errors and signals become one sentence."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -13,6 +16,35 @@ from .checkpoint import CheckpointError
 from .data import DataError
 
 FAILURES = (CheckpointError, DataError, OSError, RuntimeError)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """An interrupt, or the end of the job (SIGTERM). An empty message is not printed."""
+
+    def __init__(self, number: int, message: str = "stopped") -> None:
+        super().__init__(message)
+        self.number = number
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """Let the first signal raise Stopped, and none disturb what is then brought to its end."""
+
+    def stop(number: int, frame: object) -> None:
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone has signals
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def size(text: str) -> tuple[int, int]:
@@ -24,14 +56,16 @@ def size(text: str) -> tuple[int, int]:
 
 
 def run(main: Callable[[], int | None], name: str) -> int:
-    """Call `main`; its status, 2 for what was asked wrongly, 1 for what failed, 130 if stopped.
+    """Call `main`; its status, 2 for what was asked wrongly, 1 for what failed.
 
-    An error becomes one line on stderr, after `name`.
+    128 + the number of a signal that stopped it: 130 or 143. An error becomes one line on stderr,
+    after `name`.
     """
     try:
-        return main() or 0
-    except KeyboardInterrupt:
-        status, message = 130, "stopped"
+        with _stopping():
+            return main() or 0
+    except Stopped as stop:
+        status, message = 128 + stop.number, str(stop)
     except torch.OutOfMemoryError as error:
         status, message = 1, f"out of device memory (a smaller --batch-size may fit): {error}"
     except MemoryError:
@@ -40,5 +74,6 @@ def run(main: Callable[[], int | None], name: str) -> int:
         status, message = 1, str(error)
     except ValueError as error:
         status, message = 2, str(error)
-    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    if message:
+        print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return status

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,10 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from .sampler import Sampler
+
+# What a run starts from: all of its samples' (N, C, *size), or a function from some of their
+# indices (B,) to these samples' (B, C, *size).
+FirstState = Tensor | Callable[[Tensor], Tensor]
 
 
 class Loop:
@@ -112,10 +116,23 @@ class Loop:
         self.row.add_(1)
 
 
+def rows(given: FirstState | None, index: Tensor, place: Tensor) -> Tensor | None:
+    """Of a first state that was given, what belongs to a batch.
+
+    index: its samples' (B,); place: their places (B,) in the order in which they were asked for.
+    """
+    if given is None:
+        return None
+    return given(index) if callable(given) else given[place.to(given.device)]
+
+
 def check_first_state(
-    plan: Plan, shape: Sequence[int], x_T: Tensor | None, x_start: Tensor | None
+    plan: Plan, shape: Sequence[int | None], x_T: FirstState | None, x_start: FirstState | None
 ) -> None:
-    """Raise ValueError where the plan starts from another thing, or it is not of `shape`."""
+    """Raise ValueError where the plan starts from another thing, or it is not of `shape`.
+
+    A function of the indices is not called; what it returned is to be checked when it was.
+    """
     if plan.start is not None and (x_start is None or x_T is not None):
         how = f"method {plan.method}" if plan.strength is None else f"strength {plan.strength}"
         raise ValueError(f"{how} starts from x_start: give it, and no x_T")
@@ -125,8 +142,10 @@ def check_first_state(
             "(1 is all steps), or with method ddim_inverse"
         )
     name, x = ("x_T", x_T) if x_start is None else ("x_start", x_start)
-    if x is None:
+    if x is None or callable(x):
         return
+    if shape[0] is None:
+        raise ValueError(f"{name} as a tensor wants a known number of indices: give a function")
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape != tuple(shape):
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} must be a floating-point tensor of shape {shape}, got {got}")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from . import ops
-from .arguments import real
+from .arguments import count, real
 from .checkpoint import Model
-from .device import memory_format
 from .graphs import CapturedStep
-from .loop import Loop, check_first_state
+from .inference import FusedUNet, prepare
+from .loop import FirstState, Loop, check_first_state, rows
 from .plan import Plan, make_plan
 from .schedule import NoiseSchedule
 
@@ -25,6 +24,7 @@ Step = Callable[[], None]
 CAPTURABLE = ("cuda", "triton")
 BAD_ROW = 1  # of the status word; csrc/kernels.h
 DEFAULT_BATCH_SIZE = {"cpu": 64, "cuda": 256}
+LAST_INDEX = (1 << 63) - 1  # of the samples of a seed
 
 
 class Sampler:
@@ -107,17 +107,19 @@ class Sampler:
         dtype: torch.dtype = torch.float32,
         variance_type: str | None = None,
         clip_denoised: bool | None = None,
+        fused: bool = True,
         **settings: object,
     ) -> Sampler:
         """A sampler of a loaded model, its network prepared for `dtype` on `device`.
 
-        variance_type, clip_denoised: override the checkpoint's; the rest as for `Sampler`.
+        variance_type, clip_denoised: override the checkpoint's. fused: see `inference.prepare`; the
+        rest as for `Sampler`.
         """
         config = model.config
         device = torch.device(device or next(model.unet.parameters()).device)
         null = config.num_classes if config.null_class != "none" else None
-        return cls(
-            prepare(model.unet, device, dtype),
+        sampler = cls(
+            prepare(model.unet, device, dtype, fused),
             model.schedule,
             config.sample_shape,
             prediction_type=model.prediction_type,
@@ -129,31 +131,30 @@ class Sampler:
             dtype=dtype,
             **settings,
         )
+        if isinstance(sampler.network, FusedUNet):
+            sampler.network.expect(sampler.timesteps.tolist())
+        return sampler
 
     def check(
         self,
-        num_samples: int,
+        indices: Iterable[int],
         seed: int,
-        start: int,
         batch_size: int,
         classes: Sequence[int] | None,
-        x_T: Tensor | None = None,
-        x_start: Tensor | None = None,
+        x_T: FirstState | None = None,
+        x_start: FirstState | None = None,
     ) -> None:
-        """Raise ValueError, before any work, for a run that `stream` would refuse."""
-        for name, value, low, high in (
-            ("the number of samples", num_samples, 1, 1 << 63),
-            ("the batch size", batch_size, 1, 1 << 31),
-            ("the seed", seed, 0, 1 << 64),
-            ("the first sample", start, 0, (1 << 63) - num_samples),
-        ):
-            if not low <= value < high:
-                raise ValueError(f"{name} must be at least {low} and below {high}, got {value}")
+        """Raise ValueError, before any work, for a run that `batches` would refuse."""
+        count("the batch size", batch_size, 1, (1 << 31) - 1)
+        count("the seed", seed, 0, (1 << 64) - 1)
         self.labels(torch.zeros(1, dtype=torch.int64), classes)
+        num_samples = len(indices) if isinstance(indices, Sized) else None
         check_first_state(self.plan, (num_samples, *self.sample_shape), x_T, x_start)
 
-    def default_batch_size(self, num_samples: int) -> int:
-        return min(num_samples, DEFAULT_BATCH_SIZE[self.device.type])
+    def default_batch_size(self, indices: Iterable[int]) -> int:
+        """All of `indices` at once, up to what the device is busy with."""
+        most = DEFAULT_BATCH_SIZE[self.device.type]
+        return max(1, min(len(indices), most)) if isinstance(indices, Sized) else most
 
     def labels(self, index: Tensor, classes: Sequence[int] | None) -> Tensor | None:
         """The label of every sample: the class list repeated over the sample indices."""
@@ -196,18 +197,24 @@ class Sampler:
         finally:
             free.append((loop, step))
 
+    def stream(self, indices: Iterable[int], **settings: object) -> Iterator[tuple[int, Tensor]]:
+        """Yield (sample index, x_0 (C, *size) float32), each once, as their batches end.
+
+        Arguments as for `batches`.
+        """
+        for index, x in self.batches(indices, **settings):
+            yield from zip(index.tolist(), x, strict=True)
+
     @torch.no_grad()
-    def stream(
+    def batches(
         self,
-        num_samples: int,
+        indices: Iterable[int],
         *,
         seed: int = 0,
-        start: int = 0,
         batch_size: int | None = None,
         classes: Sequence[int] | None = None,
-        x_T: Tensor | None = None,
-        x_start: Tensor | None = None,
-        progress: bool = False,
+        x_T: FirstState | None = None,
+        x_start: FirstState | None = None,
         callback: Callable[[Tensor, int, Tensor], None] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (sample indices (B,), x_0 (B, C, *size) float32) batch by batch.
@@ -215,48 +222,50 @@ class Sampler:
         x_0 lies in [-1, 1] if clip_denoised is on. Method ddim_inverse yields x_T in its place.
 
         Args:
-            num_samples, start: the samples start .. start + num_samples - 1 of the seed. Sample i
-                has the same noise whatever the others are.
+            indices: which samples of the seed, in any order; sample i has the same noise whatever
+                the others are. They may have no end, and are asked for a batch at a time.
             batch_size: how many are computed at once; a last, partial batch is padded.
             classes: sample i is of class classes[i % len(classes)]; None is no class.
-            x_T: (num_samples, C, *size) floating point, in the place of the drawn x_T.
+            x_T: in the place of the drawn x_T, floating point: (N, C, *size) in the order of the N
+                indices, or a function from some of them (B,) to theirs (B, C, *size).
             x_start: likewise, for a sampler with a strength (img2img: each is noised, and denoised
                 from there) or method ddim_inverse (each is turned into its x_T).
             callback: called as (sample indices, steps done, x_t) before the first step and after
-                each; the samples past the end of the run are cut off.
+                each, without the padding.
         """
         if batch_size is None:
-            batch_size = self.default_batch_size(num_samples)
-        self.check(num_samples, seed, start, batch_size, classes, x_T, x_start)
-        bar = tqdm(
-            total=-(-num_samples // batch_size) * self.plan.num_steps,
-            disable=not progress,
-            unit="step",
-        )
+            batch_size = self.default_batch_size(indices)
+        self.check(indices, seed, batch_size, classes, x_T, x_start)
         conditional = self.labels(torch.zeros(1, dtype=torch.int64), classes) is not None
-        with bar, self._borrowed_loop(batch_size, conditional) as (loop, step):
-            for first in range(start, start + num_samples, batch_size):
-                kept = min(batch_size, start + num_samples - first)
+        wanted, first = iter(indices), 0
+        with self._borrowed_loop(batch_size, conditional) as (loop, step):
+            while some := [*islice(wanted, batch_size)]:
+                for i in some:
+                    count("a sample's index", i, 0, LAST_INDEX)
+                kept = len(some)
                 # Padding repeats the last wanted sample, so nothing unwanted can fail the run.
-                place = first - start + torch.arange(batch_size).clamp(max=kept - 1)
-                index = start + place
-                loop.start(
-                    *(seed, index, self.labels(index, classes)),
-                    *(None if x is None else x[place.to(x.device)] for x in (x_T, x_start)),
-                )
+                place = torch.arange(batch_size).clamp(max=kept - 1)
+                index = torch.tensor(some, dtype=torch.int64)[place]
+                given = [rows(x, index, first + place) for x in (x_T, x_start)]
+                check_first_state(self.plan, (batch_size, *self.sample_shape), *given)
+                loop.start(seed, index, self.labels(index, classes), *given)
                 for done in range(self.plan.num_steps):
                     if callback:
                         callback(index[:kept], done, loop.x[:kept])
                     step()
-                    bar.update()
                 if callback:
                     callback(index[:kept], self.plan.num_steps, loop.x[:kept])
                 self._check_result(loop)
+                first += kept
                 yield index[:kept], loop.x[:kept].clone()
 
-    def sample(self, num_samples: int, **settings: object) -> Tensor:
-        """x_0 of `num_samples` samples, (N, C, *size) float32 on the CPU; see `stream`."""
-        return torch.cat([x.cpu() for _, x in self.stream(num_samples, **settings)])
+    def sample(self, num_samples: int, *, start: int = 0, **settings: object) -> Tensor:
+        """x_0 of the samples start .. start + num_samples - 1, (N, C, *size) float32 on the CPU.
+
+        Further arguments as for `batches`.
+        """
+        indices = sample_range(start, num_samples)
+        return torch.cat([x.cpu() for _, x in self.batches(indices, **settings)])
 
     def _check_result(self, loop: Loop) -> None:
         """One look at the status word, after the run: the host does not wait during it."""
@@ -271,12 +280,11 @@ class Sampler:
             )
 
 
-def prepare(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of the network for sampling: on `device`, in `dtype`, in eval mode."""
-    network = copy.deepcopy(unet).to(device, dtype).eval().requires_grad_(False)
-    if any(p.ndim == 4 for p in network.parameters()):
-        network.to(memory_format=memory_format(device, dtype, 4))
-    return network
+def sample_range(start: int, num_samples: int) -> range:
+    """The indices start .. start + num_samples - 1; ValueError if there are no such samples."""
+    count("the number of samples", num_samples, 1, LAST_INDEX)
+    count("the first sample", start, 0, LAST_INDEX + 1 - num_samples)
+    return range(start, start + num_samples)
 
 
 def _resolve(device: torch.device, backend: str, graphs: bool) -> tuple[str, str]:

@@ -226,7 +226,8 @@ class Run:
         try:
             x = Sampler.from_model(model, method="ddim", steps=steps).sample(64, batch_size=16)
             folder.mkdir(exist_ok=True)
-            write_grid(folder / f"{self.trainer.step_count:07d}.png", to_uint8(x))
+            with replacing(folder / f"{self.trainer.step_count:07d}.png") as partial:
+                write_grid(partial, to_uint8(x))
         except (RuntimeError, OSError) as error:
             tqdm.write(f"no sample grid: {error}", file=sys.stderr)
 

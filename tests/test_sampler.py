@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -49,7 +51,7 @@ def test_loop_is_the_published_chain(model):
     """The whole loop against p_sample written out with the published formulas in float64."""
     sampler = Sampler.from_model(model, steps=None, backend="cpu")
     x = sampler.sample(2, seed=9, start=4, classes=[1])
-    unet = sampler.network.double()
+    unet = copy.deepcopy(model.unet).double()
     labels = torch.tensor([1, 1])
 
     def draw(step: int) -> torch.Tensor:
@@ -94,7 +96,7 @@ def test_seeds_and_samples_differ(model):
 def test_two_streams_of_one_sampler_may_alternate(model):
     sampler = Sampler.from_model(model, **SETTINGS)
     want = [sampler.sample(4, seed=s, batch_size=2) for s in (0, 1)]
-    streams = zip(*(sampler.stream(4, seed=s, batch_size=2) for s in (0, 1)), strict=True)
+    streams = zip(*(sampler.batches(range(4), seed=s, batch_size=2) for s in (0, 1)), strict=True)
     got = [torch.cat(x) for x in zip(*([a[1], b[1]] for a, b in streams), strict=True)]
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
