@@ -6,6 +6,8 @@ from peer_fixtures import NAMES, contained, fixture, prefixed, write_checkpoint,
 from safetensors.torch import save_file
 
 from ddpm_fast.checkpoint import CheckpointError, load_model, save_model
+from ddpm_fast.inference import FusedUNet, prepare
+from ddpm_fast.lucid_unet import LucidUNet
 from ddpm_fast.schedule import NoiseSchedule
 
 # The bound on eps, relative to its largest value; float32 in another order of operations.
@@ -46,6 +48,15 @@ def test_eps_is_the_original_s(name, read):
     model = read(name)
     assert error_of(model, name) < TOLERANCE
     assert not model.unet.training and not any(p.requires_grad for p in model.unet.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_network_that_is_sampled_gives_the_same(name, read):
+    model, made = read(name), fixture(name)
+    network = prepare(model.unet, torch.device("cpu"), torch.float32)
+    assert isinstance(network, LucidUNet if name == "lucidrains" else FusedUNet)
+    eps = network(*made.inputs)
+    assert (eps - made.eps).abs().max() < TOLERANCE * made.eps.abs().max()
 
 
 @pytest.mark.parametrize("name", NAMES)
