@@ -6,6 +6,8 @@ from peer_fixtures import NAMES, contained, fixture, prefixed, write_checkpoint,
 from safetensors.torch import save_file
 
 from ddpm_fast.checkpoint import CheckpointError, load_model, save_model
+from ddpm_fast.inference import FusedUNet, prepare
+from ddpm_fast.lucid_unet import LucidUNet
 from ddpm_fast.schedule import NoiseSchedule
 
 # The bound on eps, relative to its largest value; float32 in another order of operations.
@@ -49,6 +51,15 @@ def test_eps_is_the_original_s(name, read):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_network_that_is_sampled_gives_the_same(name, read):
+    model, made = read(name), fixture(name)
+    network = prepare(model.unet, torch.device("cpu"), torch.float32)
+    assert isinstance(network, LucidUNet if name == "lucidrains" else FusedUNet)
+    eps = network(*made.inputs)
+    assert (eps - made.eps).abs().max() < TOLERANCE * made.eps.abs().max()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_model_read_is_a_model_of_ours(name, read, tmp_path):
     model = read(name)
     save_model(tmp_path / "a.safetensors", model)
@@ -60,6 +71,28 @@ def test_a_model_read_is_a_model_of_ours(name, read, tmp_path):
     weights = model.unet.state_dict()
     assert ours.unet.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[key]) for key, value in ours.unet.state_dict().items())
+
+
+OPENAI = (1e-5, "cos_sin", 0.0, "symmetric", "every")
+CONVENTIONS = {
+    "improved_diffusion": OPENAI,
+    "guided_diffusion": OPENAI,
+    "guided_diffusion_half": OPENAI,
+    "ho": (1e-6, "sin_cos", 1.0, "asymmetric", "every"),
+    "score_sde": (1e-6, "sin_cos", 1.0, "asymmetric", "last"),
+    "w86763777": (1e-5, "interleaved", 0.0, "symmetric", "every"),
+    "diffusers": (1e-6, "sin_cos", 1.0, "asymmetric", "every"),
+    "diffusers_adm": OPENAI,
+}
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_the_conventions_are_the_published_ones(name, read):
+    """Beside the test of eps, in which a norm's eps hardly shows."""
+    c = read(name).config
+    found = (c.norm_eps, c.embedding_order, c.embedding_shift, c.downsample_padding, c.up_attention)
+    assert found == CONVENTIONS[name] and c.norm_groups == 32
+    assert c.mid_attention_norm == (name != "diffusers_adm")
 
 
 LINEAR = NoiseSchedule.linear()

@@ -95,9 +95,10 @@ def read(weights: Weights, choices: Choices, stem: str) -> Reading:
     )
     mult, embedding = fields["channel_mult"], fields["embedding_channels"]
     published = tuple(m * fields["base_channels"] / embedding for m in mult)
-    size_why = f"their scripts' size for channel_mult {tuple(f'{m:g}' for m in published)}"
+    shown = ",".join(f"{m:g}" for m in published)
+    size_why = f"their scripts' size for channel_mult {shown}"
     if published not in IMAGE_SIZES:
-        size_why = f"their scripts' default; channel_mult {published} is none of theirs"
+        size_why = f"their scripts' default; channel_mult {shown} is none of theirs"
     size = pick_size(choices, IMAGE_SIZES.get(published, 64), size_why)
     _pick_attention(choices, fields, released, why)
     classes = fields.pop("label_rows")
