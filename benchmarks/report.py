@@ -52,6 +52,9 @@ def peers(model: str) -> str:
         return ""
     memory = _read("peers_memory")
     peaks = memory["figures"]["mib"].get(model, {}) if memory else {}
+    headings = [*(f"batch {b}" for b in document["figures"]["batches"]), "to prepare, s", "error"]
+    if peaks:
+        headings.append(f"peak MiB, batch {memory['figures']['batch_size']}")
     batches, engines = document["figures"]["batches"], document["figures"]["engines"]
     absent = "".join(f" Left out: {name}." for name in document["figures"]["absent"])
     lines = [
@@ -59,8 +62,8 @@ def peers(model: str) -> str:
         f"brackets, how many times as long as ours in bfloat16; for ours, the share of the speed "
         f"of one packed convolution (3x3, 256 to 256 channels, 16x16, batch 16).{absent}",
         "",
-        f"| | {' | '.join(f'batch {b}' for b in batches)} | to prepare, s | error | peak MiB |",
-        "|---" * (len(batches) + 4) + "|",
+        f"| | {' | '.join(headings)} |",
+        "|---" * (len(headings) + 1) + "|",
     ]
     for name, engine in engines.items():
         cells = []
@@ -70,7 +73,8 @@ def peers(model: str) -> str:
                 beside = f"{100 * row[name]['share']:.0f} %"
             cells.append(f"{row[name]['median']:.1f} ({beside})")
         cells += [f"{engine['prepared_seconds']:.1f}", f"{engine['error']:.1e}"]
-        cells.append(f"{peaks[name]:.0f}" if name in peaks else "")
+        if peaks:
+            cells.append(f"{peaks[name]:.0f}" if name in peaks else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
