@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/*.cpp tests/*.h)
 
 .PHONY: sample test test-gpu bench bench-gpu lint format info clean
 

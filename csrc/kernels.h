@@ -35,6 +35,7 @@ struct QSampleArgs {
   Layout layout;  // of all four
   int64_t samples, channels, pixels, table_rows;
   int32_t stream;
+  bool past_caches;  // on a CPU: write the results straight to memory
 };
 
 struct StepArgs {

@@ -137,7 +137,8 @@ py::tuple q_sample(const py::array& x_start, const py::array& coefficients,
                          state.channels,
                          state.pixels,
                          rows,
-                         1};
+                         1,
+                         false};
   require_timesteps(args);
   const CpuKernels& kernels = cpu_kernels();
   {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_fast import noise
+from ddpm_fast import noise, ops
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
 
@@ -129,7 +129,14 @@ def test_there_and_back():
     assert errors[1] < 0.011 and errors[1] < 0.5 * errors[0]
 
 
-def test_inversion_does_not_draw():
+def test_inversion_does_not_draw(monkeypatch):
+    """It takes x_start as it is: no noise, and no q_sample whose noise has the weight 0."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("an inversion draws no noise")
+
+    for name in ("randn", "q_sample"):
+        monkeypatch.setattr(ops, name, refuse)
     s = sampler(method="ddim_inverse", steps=5)
     x_start, states = images(2), []
     x = s.sample(2, x_start=x_start, callback=lambda i, done, x: states.append(x.clone()))

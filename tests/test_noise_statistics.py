@@ -8,14 +8,15 @@ each check is shown a generator that it must refuse.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from ddpm_fast import backend, ops
+from ddpm_fast import ops
+
+pytestmark = pytest.mark.usefixtures("extension")
 
 ERRORS = 5.0  # standard errors
 CHANCE = math.erfc(ERRORS / math.sqrt(2))  # that a normal variable is so far out: 5.7e-7
@@ -31,15 +32,6 @@ MOMENTS = {1: (0, 1), 2: (1, 2), 3: (0, 15), 4: (3, 96)}
 BINS_PER_UNIT, REACH = 1024, 8  # of the histogram, from -REACH to REACH
 
 Draw = Callable[[int], Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled():
-    if backend.extension is None:
-        message = f"the compiled extension is missing: {backend.extension_error}"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
 
 
 def kernel(chunk: int) -> Tensor:

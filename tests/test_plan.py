@@ -1,11 +1,14 @@
-"""Plans: every row against the published formulas in float64, the Gaussian case, refusals."""
+"""Plans: DDPM's and DDIM's rows and chains against `reference`'s published forms, refusals.
+
+Each coefficient by itself is in test_coefficients.py, the other methods' rows in test_methods.py.
+"""
 
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
+from test_reference import sentence
 
 from ddpm_fast import methods as M
 from ddpm_fast import reference
@@ -70,44 +73,33 @@ def test_respaced_rows_equal_the_published_step(steps, spacing, method, variance
     check_rows(schedule, make_plan(schedule, method, steps, spacing, variance_type=variance_type))
 
 
-def test_coefficients_long_hand():
-    """Each column against its formula in Python floats, independent of both of our forms."""
-    schedule = NoiseSchedule.linear(1000)
-    kept = list(range(0, 1000, 20))
-    ddpm = make_plan(schedule, "ddpm", "ddim50", variance_type="learned_range")
-    small = make_plan(schedule, "ddpm", "ddim50", variance_type="fixed_small")
-    large = make_plan(schedule, "ddpm", "ddim50", variance_type="fixed_large")
-    ddim = make_plan(schedule, "ddim", "ddim50", eta=0.5)
-    assert ddpm.timesteps == kept[::-1]
-    variances = []
-    for j, t in enumerate(kept):
-        ac = schedule.alphas_cumprod[t]
-        before = schedule.alphas_cumprod[kept[j - 1]] if j else 1.0
-        beta = 1 - ac / before
-        variances.append(beta * (1 - before) / (1 - ac))
-        i = 49 - j
-        row = ddpm.coefficients64[i]
-        assert row[M.A].item() == pytest.approx(ac**-0.5, rel=1e-12)
-        assert row[M.B].item() == pytest.approx(-math.sqrt((1 - ac) / ac), rel=1e-11)
-        assert row[M.C0].item() == pytest.approx(beta * math.sqrt(before) / (1 - ac), rel=1e-12)
-        c1 = (1 - before) * math.sqrt(1 - beta) / (1 - ac)
-        assert row[M.C1].item() == pytest.approx(c1, rel=1e-12)
-        assert row[M.MAX_LOG].item() == pytest.approx(math.log(beta), rel=1e-12)
-        sigma = 0.5 * math.sqrt((1 - before) / (1 - ac) * (1 - ac / before))
-        k = math.sqrt(1 - before - sigma**2)
-        row = ddim.coefficients64[i]
-        wanted = [math.sqrt(before) - k * math.sqrt(ac / (1 - ac)), k / math.sqrt(1 - ac), 0, 0]
-        got = row[[M.C0, M.C1, M.C2, M.C3]].tolist()
-        assert got == pytest.approx(wanted, rel=1e-11, abs=1e-15)
-        assert row[M.SIGMA].item() == pytest.approx(sigma, rel=1e-12)
-        if j:
-            assert small.coefficients64[i, M.SIGMA].item() ** 2 == pytest.approx(variances[j])
-            assert large.coefficients64[i, M.SIGMA].item() ** 2 == pytest.approx(beta)
-    logs = [math.log(v) for v in [variances[1], *variances[1:]]]
-    np.testing.assert_allclose(ddpm.coefficients64[:, M.MIN_LOG].flip(0), logs, rtol=1e-12)
-    for plan in (ddpm, small, large, ddim):
-        assert plan.coefficients64[-1, M.SIGMA] == 0 and plan.index[-1, M.FLAGS] == 0
-    assert (ddpm.index[:-1, M.FLAGS] == M.LEARNED_VARIANCE).all()
+CHAINS = [("ddpm", {"variance_type": variance_type}) for variance_type in VARIANCES]
+CHAINS += [("ddim", {}), ("ddim", {"eta": 0.6})]
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("method, options", CHAINS, ids=str)
+def test_chain_in_float32(method, options, prediction_type):
+    """Fifty steps of the float32 table against the published steps, in float32 and in float64.
+
+    All are given the outputs of the table's run, so that they differ by rounding alone.
+    """
+    schedule = NoiseSchedule.linear(100, 1e-3, 0.1)
+    plan = make_plan(schedule, method, 50, prediction_type=prediction_type, **options)
+    x, *noise = torch.randn(51, 3, 2, 5, generator=torch.Generator().manual_seed(0))
+    single, double = x, x.double()
+    for i, z in enumerate(noise):
+        output = 0.5 * torch.tanh(x) + 0.4 * math.cos(i / 9)
+        if plan.variance_type.startswith("learned"):
+            log_variance = torch.sin(3 * x) - (4 if plan.variance_type == "learned" else 0)
+            output = torch.cat([output, log_variance], dim=1)
+        x, _ = reference.step(plan.coefficients, plan.index, torch.full((3,), i), x, output, z)
+        single = published_step(schedule, plan, i, single, output, z).sample
+        double = published_step(schedule, plan, i, double, output.double(), z.double()).sample
+        assert x.dtype == single.dtype == torch.float32
+        torch.testing.assert_close(x.double(), double, rtol=0, atol=3e-6)
+        torch.testing.assert_close(x, single, rtol=0, atol=3e-6)
+    assert double.abs().max() > 0.1
 
 
 def test_shapes_types_and_index():
@@ -127,9 +119,15 @@ def test_shapes_types_and_index():
 
 def test_float64_tables_matter():
     """The reason for float64: rounding once keeps 6e-8, a float32 schedule is off by 1e-4."""
-    plan = make_plan(NoiseSchedule.linear())
+    schedule = NoiseSchedule.linear()
+    plan = make_plan(schedule)
     relative = (plan.coefficients.double() / plan.coefficients64 - 1)[:-1, : M.C1 + 1]
     assert relative.abs().max() < 6e-8
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    ac = (1 - betas).cumprod(0)
+    coef2 = (1 - ac[:-1]) * (1 - betas[1:]).sqrt() / (1 - ac[1:])
+    relative = coef2.double().numpy() / schedule.posterior_mean_coef2[1:] - 1
+    assert abs(relative).max() > 1e-4
 
 
 def test_ddim_with_eta_one_has_the_ddpm_variance():
@@ -145,113 +143,6 @@ def test_ddim_with_eta_one_has_the_ddpm_variance():
                 rtol=1e-9,
                 atol=1e-13,
             )
-
-
-# Gaussian data N(mu, s^2): x_t is Gaussian too, with mean m_t = sqrt(ac) mu and variance
-# V_t = ac s^2 + 1 - ac, and E[x_0 | x_t] = mu + sqrt(ac) s^2 / V_t (x_t - m_t), so the exact eps
-# is affine in x_t, and a sampling chain keeps x_t Gaussian.
-
-
-def chain_of_plan(schedule, plan, mu, s):
-    """Mean and variance of the plan's last state, from its coefficients and the exact eps."""
-    mean, variance = 0.0, 1.0
-    for t, row in zip(plan.timesteps, plan.coefficients64.tolist(), strict=True):
-        ac = float(schedule.alphas_cumprod[t])
-        gain = math.sqrt(ac) * s**2 / (ac * s**2 + 1 - ac)
-        # eps = slope * x_t + offset
-        slope = (1 - math.sqrt(ac) * gain) / math.sqrt(1 - ac)
-        offset = -math.sqrt(ac) * (mu - gain * math.sqrt(ac) * mu) / math.sqrt(1 - ac)
-        a, b = row[M.A] + row[M.B] * slope, row[M.B] * offset
-        factor, shift = row[M.C0] * a + row[M.C1], row[M.C0] * b
-        mean, variance = factor * mean + shift, factor**2 * variance + row[M.SIGMA] ** 2
-    return mean, variance
-
-
-def chain_of_regression(schedule, kept, mu, s, sigma2):
-    """The same chain from the joint Gaussian of (x_s, x_t) alone: no posterior coefficients.
-
-    E[x_s | x_t] = m_s + Cov / V_t (x_t - m_t), with Cov = sqrt(ac_t / ac_s) V_s.
-    """
-    ac = [1.0, *schedule.alphas_cumprod[kept].tolist()]
-    mean, variance = 0.0, 1.0
-    for j in range(len(kept), 0, -1):
-        v_t, v_s = (a * s**2 + 1 - a for a in (ac[j], ac[j - 1]))
-        slope = math.sqrt(ac[j] / ac[j - 1]) * v_s / v_t
-        mean = math.sqrt(ac[j - 1]) * mu + slope * (mean - math.sqrt(ac[j]) * mu)
-        noise = 0.0 if j == 1 else sigma2(ac[j], ac[j - 1])
-        variance = slope**2 * variance + noise
-    return mean, variance
-
-
-VARIANCE_RULES = {
-    "fixed_small": lambda ac, before: (1 - ac / before) * (1 - before) / (1 - ac),
-    "fixed_large": lambda ac, before: 1 - ac / before,
-}
-
-
-@pytest.mark.parametrize("steps", [None, 100])
-@pytest.mark.parametrize("variance_type", VARIANCE_RULES)
-@pytest.mark.parametrize("mu, s", [(0.3, 0.5), (-0.2, 0.05), (0.0, 1.0)])
-def test_gaussian_chain(mu, s, variance_type, steps):
-    schedule = NoiseSchedule.linear(1000)
-    plan = make_plan(schedule, "ddpm", steps, variance_type=variance_type, clip_denoised=False)
-    mean, variance = chain_of_plan(schedule, plan, mu, s)
-    kept = sorted(plan.timesteps)
-    rule = VARIANCE_RULES[variance_type]
-    wanted = chain_of_regression(schedule, kept, mu, s, rule)
-    assert (mean, variance) == pytest.approx(wanted, rel=1e-9, abs=1e-12)
-    if steps is None:
-        # x_T starts from mean 0 where sqrt(ac_T) mu = 0.0064 mu is right, and every step
-        # contracts that, so the mean is right to well under 0.0064 mu.
-        assert abs(mean - mu) <= 0.0064 * abs(mu) + 1e-12
-        if variance_type == "fixed_small":
-            # The true reverse variance is larger by coef1^2 Var(x_0 | x_t); what step t lacks
-            # reaches x_0 times ac_before s^4 / V_before^2. The sum goes as 1 / T.
-            lacking = expected_deficit(schedule.alphas_cumprod.tolist(), s)
-            assert variance == pytest.approx(s**2 * (1 - lacking), rel=1e-4)
-            assert lacking < 0.02 if s >= 0.5 else 0.1 < lacking < 0.2
-        elif s == 1.0:
-            # Unit variance stays so under fixed_large, to the last step, whose E[x_0 | x_1] has
-            # the variance ac_0 = 1 - beta_0.
-            assert variance == pytest.approx(1 - 1e-4, rel=1e-12)
-        else:
-            # Each step adds beta (1 - posterior factor) too much where s < 1: O(1 / T) as well.
-            assert 0 < variance / s**2 - 1 < (0.02 if s >= 0.5 else 0.2)
-
-
-def expected_deficit(ac, s):
-    """Share of the variance that fixed_small loses, summed over the steps (see above)."""
-    total, before = 0.0, 1.0
-    for now in ac:
-        v_now, v_before = (a * s**2 + 1 - a for a in (now, before))
-        beta = 1 - now / before
-        coef1 = beta * math.sqrt(before) / (1 - now)
-        missing = coef1**2 * s**2 * (1 - now) / v_now
-        total += missing * before * s**4 / v_before**2 / s**2
-        before = now
-    return total
-
-
-@pytest.mark.parametrize("mu, s", [(0.3, 0.5), (-0.2, 0.1)])
-def test_gaussian_probability_flow(mu, s):
-    """DDIM with eta 0 solves an ODE by a first-order method: ten times the steps, a tenth."""
-    schedule = NoiseSchedule.linear(1000)
-    errors = []
-    for steps in (100, 1000):
-        plan = make_plan(schedule, "ddim", steps, clip_denoised=False)
-        mean, variance = chain_of_plan(schedule, plan, mu, s)
-        assert abs(mean - mu) < 0.0064 * abs(mu) + 1e-12
-        errors.append(abs(math.sqrt(variance) / s - 1))
-    assert errors[1] < 0.02 and errors[1] < 0.2 * errors[0]
-
-
-def sentence(action, *words):
-    with pytest.raises(ValueError) as caught:
-        action()
-    text = str(caught.value)
-    assert "\n" not in text and text.endswith(".") and ". " not in text, text
-    for word in words:
-        assert word in text, text
 
 
 def test_a_last_step_without_signal():

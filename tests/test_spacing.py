@@ -64,6 +64,25 @@ def test_diffusers_spacing_long_hand(total):
             assert rounds_to(Fraction(i * (total - 1), max(1, steps - 1)), t)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
+def test_spacing_is_diffusers(name, spacing):
+    """Of every count. Where diffusers' trailing yields one too many (-1, no timestep), we cut it.
+
+    That is where T / (T / S) comes out above S in float64, as for 61 of 1000 steps.
+    """
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    for total, offset in ((10, 0), (50, 0), (100, 1), (1000, 1)):
+        offset = offset if spacing == "leading" else 0
+        options = {"timestep_spacing": spacing, "steps_offset": offset}
+        scheduler = getattr(diffusers, name)(num_train_timesteps=total, **options)
+        for steps in range(1, total + 1 - offset):  # with the offset, the last has no room
+            scheduler.set_timesteps(steps)
+            theirs = scheduler.timesteps.tolist()
+            assert spaced(total, steps, spacing, offset)[::-1].tolist() == theirs[:steps]
+            assert theirs[steps:] in ([], [-1] if spacing == "trailing" else [])
+
+
 def test_quadratic_spacing():
     """ermongroup/ddim's int(linspace(0, sqrt(0.8 T), S) ** 2), where that has no repetition."""
     for steps in (2, 3, 5, 10, 20):

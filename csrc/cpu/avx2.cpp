@@ -13,12 +13,16 @@ struct Avx2 {
   };
   using W = __m256i;
   static constexpr int kLanes = 8, kParts = 2, kMaxStride = 1;
+  static constexpr bool kPastCaches = true;
 
   static F set(float x) { return _mm256_set1_ps(x); }
   static U set_u(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
   static W set_w(uint32_t x) { return _mm256_set1_epi64x(x); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  // p: a multiple of a vector. fence: what was stored so comes before what follows.
+  static void store_past_caches(float* p, F x) { _mm256_stream_ps(p, x); }
+  static void fence() { _mm_sfence(); }
 
   // kLanes elements of any type; see conversions.h.
   static F widen(__m128i x, BFloat16) {

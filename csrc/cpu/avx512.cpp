@@ -40,12 +40,16 @@ struct Avx512 {
   };
   using W = __m512i;
   static constexpr int kLanes = 16, kParts = 2, kMaxStride = 4;
+  static constexpr bool kPastCaches = true;
 
   static F set(float x) { return _mm512_set1_ps(x); }
   static U set_u(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
   static W set_w(uint32_t x) { return _mm512_set1_epi64(x); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  // p: a multiple of a vector. fence: what was stored so comes before what follows.
+  static void store_past_caches(float* p, F x) { _mm512_stream_ps(p, x); }
+  static void fence() { _mm_sfence(); }
 
   // kLanes elements of any type, `stride` apart; see conversions.h. Nothing between the elements
   // is written, and nothing after the last one read.
