@@ -11,6 +11,7 @@ inline constexpr int32_t kLearnedVariance = 1;  // a bit of the flags
 inline constexpr int64_t kMaxElements = int64_t{1} << 34;  // a 32-bit counter of four elements
 inline constexpr int64_t kMaxStep = int64_t{1} << 20, kMaxStream = int64_t{1} << 12;
 inline constexpr int64_t kChunk = 4096;  // elements of one sample, the unit of parallel work
+inline constexpr int64_t kNormRow = 1024, kNormBlock = 256;  // see cpu/norm_loop.h
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 enum class Status : int32_t { kOk, kBadRow, kNotFinite };
@@ -60,8 +61,28 @@ struct StepArgs {
   DType next_dtype;
 };
 
+// y = GroupNorm(x + shift), then SiLU: channels_last, without gaps. x is (samples, pixels,
+// channels) in one or two parts, whose channels follow each other.
+struct GroupNormArgs {
+  void* out;
+  const void* x[2];
+  int64_t channels[2];  // of each part; 0 where there is no second
+  // A row of as many floats for each sample, or with stride 0 one for all; shift may be null.
+  const float *shift, *weight, *bias;
+  int64_t shift_stride, affine_stride;
+  int64_t samples, pixels, groups;
+  double eps;
+  bool silu;
+  DType dtype;  // of x and out: float32 or bfloat16
+};
+
 // Static, so that the linker takes no file's copy, with its instructions, for another's.
 static constexpr int64_t chunks_of(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
+
+// The floats that `group_norm` needs as memory: four times this.
+static constexpr int64_t norm_row(int64_t channels) {
+  return channels > kNormRow ? channels : kNormRow;
+}
 
 // One instruction-set level. Ranges are in chunks: [0, samples * chunks_of(elements)).
 struct CpuKernels {
@@ -70,6 +91,8 @@ struct CpuKernels {
   void (*q_sample)(const QSampleArgs&, int64_t begin, int64_t end);
   // Returns the first sample of the range with a value that is not finite, or -1.
   int64_t (*step)(const StepArgs&, int64_t begin, int64_t end);
+  // The range is in groups, [0, samples * groups); each of a sample's has the same channels.
+  void (*group_norm)(const GroupNormArgs&, int64_t begin, int64_t end, float* memory);
 };
 
 // The level in use: DDPM_FAST_CPU (baseline, avx2, avx512), else the best that this CPU has.

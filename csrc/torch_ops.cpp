@@ -15,6 +15,9 @@ void p_sample_step_(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor
                     std::optional<Tensor> guidance_scale,
                     std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status,
                     std::optional<Tensor> next_input);
+// In torch_norm.cpp.
+void group_norm(Tensor out, Tensor x, std::optional<Tensor> skip, std::optional<Tensor> shift,
+                Tensor weight, Tensor bias, int64_t groups, double eps, bool silu);
 
 namespace {
 
@@ -140,6 +143,10 @@ STABLE_TORCH_LIBRARY(ddpm_fast, m) {
   m.def("p_sample_step_(Tensor(a!) x_t, " DDPM_FAST_STEP_ARGUMENTS
         "Tensor(b!)? previous_pred_xstart=None, Tensor(c!)? status=None, "
         "Tensor(d!)? next_input=None) -> ()");
+  m.def(
+      "group_norm(Tensor(a!) out, Tensor x, Tensor? skip, Tensor? shift, Tensor weight, Tensor "
+      "bias, "
+      "int groups, float eps, bool silu) -> ()");
 }
 
 void implement(torch::stable::detail::StableLibrary& m) {
@@ -149,7 +156,10 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("p_sample_step_", TORCH_BOX(&p_sample_step_));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
+  implement(m);
+  m.impl("group_norm", TORCH_BOX(&group_norm));
+}
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CUDA, m) { implement(m); }
 
 }  // namespace

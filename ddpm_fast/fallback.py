@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
@@ -123,4 +124,30 @@ def p_sample_step(
         if bad.any():
             sample = int(bad.nonzero()[0])
             status[:3] = torch.tensor([2, int(row[sample]), sample], dtype=status.dtype)
+<<<<<<< HEAD
     return x_t.copy_(x_prev) if in_place else torch.empty_like(x_t).copy_(x_prev)
+=======
+    return x_prev
+
+
+def group_norm(
+    x: Tensor,
+    skip: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> Tensor:
+    h = (x if skip is None else torch.cat((x, skip), 1)).float()
+
+    def per_channel(v: Tensor) -> Tensor:
+        return v.reshape(-1, h.shape[1], *[1] * (h.ndim - 2))
+
+    if shift is not None:
+        h = h + per_channel(shift)
+    h = F.group_norm(h, groups, eps=eps) * per_channel(weight) + per_channel(bias)
+    h = (F.silu(h) if silu else h).to(x.dtype)
+    return h.contiguous(memory_format=torch.channels_last) if h.ndim == 4 else h
+>>>>>>> unet

@@ -1,4 +1,6 @@
-"""`python -m ddpm_fast.info`: what is installed and built, and which backend is used and why."""
+"""`python -m ddpm_fast.info`: what is installed and built, which backend is used and why, and what
+of a network runs unfused on this CPU.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,11 @@ from importlib import metadata
 import torch
 
 from . import backend, noise
+from .checkpoint import SHIPPED, load_model
+from .device import resolve_dtype
+from .inference import FusedUNet, unfused
+from .unet import UNet
+from .unet_config import UNetConfig
 
 
 def _version(package: str) -> str:
@@ -37,6 +44,27 @@ def _cpu_levels() -> str:
     except RuntimeError as error:
         return f"none: {error}"
     return f"{', '.join(backend.extension.cpu_levels_available())}; in use: {used}"
+
+
+def _networks() -> list[tuple[str, str]]:
+    """Of the shipped models and of Ho et al.'s, how many layers run as PyTorch's own operators."""
+    with torch.device("meta"):
+        cifar10 = UNet(UNetConfig())
+    unets = {"Ho et al.'s CIFAR-10 U-Net": cifar10.to_empty(device="cpu")}
+    lines = []
+    for name in SHIPPED:
+        try:
+            unets[name] = load_model(name).unet
+        except ValueError as error:
+            lines.append((name, str(error)))
+    dtype = resolve_dtype("auto", torch.device("cpu"))
+    for name, unet in unets.items():
+        network = FusedUNet(unet, dtype)
+        left = unfused(network)
+        layers = sum(hasattr(module, "is_fused") for module in network.modules())
+        which = f" ({', '.join(left)})" if left else ""
+        lines.append((name, f"{layers} layers, {len(left)} of them unfused{which}, {dtype}"))
+    return lines
 
 
 def report() -> list[tuple[str, str]]:
@@ -67,7 +95,9 @@ def report() -> list[tuple[str, str]]:
             lines.append((f"cuda:{i}", torch.cuda.get_device_name(i)))
     else:
         lines.append(("backend on cuda", "none: torch sees no CUDA device"))
-    return lines
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return lines + _networks()
 
 
 def _cuda_kernels(config: dict[str, object]) -> str:

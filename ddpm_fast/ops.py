@@ -1,4 +1,4 @@
-"""The fused operators: noise, the forward process, and one step of sampling.
+"""The fused operators: noise, the forward process, one step of sampling, and normalisation.
 
 Each is `torch.ops.ddpm_fast.*`, registered in C++ (csrc/torch_ops.cpp), behind a typed function
 that picks the backend. (Triton's are plain functions, triton_ops.py: for eager code and captured
@@ -19,6 +19,7 @@ from .backend import BackendError, is_available, is_overridden, resolve_backend
 
 __all__ = [
     "BackendError",
+    "group_norm",
     "is_available",
     "is_overridden",
     "p_sample_step",
@@ -173,6 +174,35 @@ def p_sample_step_(
     return x_t
 
 
+def group_norm(
+    x: Tensor,
+    skip: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """GroupNorm (Wu and He 2018, arXiv:1803.08494) of x + shift, then SiLU if `silu`.
+
+    x: (N, C, ...), float32 or bfloat16, channels_last; with skip, likewise, its channels follow
+    x's. shift, weight, bias: float32 (C,), (1, C) or (N, C), of all channels. Sums are float32.
+    Returns (N, C, ...) in x's dtype, channels_last. No gradients. On a CPU only; RuntimeError where
+    an argument is not so, and BackendError where `backend` is not available.
+    """
+    if resolve_backend(x.device, backend)[0] != "cpu":
+        return fallback.group_norm(x, skip, shift, weight, bias, groups, eps, silu)
+    shape = list(x.shape)
+    if skip is not None:
+        shape[1] += skip.shape[1]
+    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    torch.ops.ddpm_fast.group_norm.default(out, x, skip, shift, weight, bias, groups, eps, silu)
+    return out
+
+
 def _require_one_device(*tensors: Tensor | None) -> None:
     """What torch asks of the fake implementations, because one of the tensors is on "meta"."""
     devices = sorted({str(t.device) for t in tensors if t is not None})
@@ -205,6 +235,10 @@ def _register() -> None:
     @torch.library.register_fake("ddpm_fast::p_sample_step_")
     def _(x_t, *args, **kwargs):
         _require_one_device(x_t, *args, *kwargs.values())
+
+    @torch.library.register_fake("ddpm_fast::group_norm")
+    def _(*args, **kwargs):
+        _require_one_device(*(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
 
     def setup_context(ctx, inputs, output):
         _, coefficients, timesteps, *_ = inputs

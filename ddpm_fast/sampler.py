@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
 
 import torch
+<<<<<<< HEAD
 from torch import Tensor, nn
+=======
+from torch import Tensor
+from tqdm import tqdm
+>>>>>>> unet
 
 from . import ops
 from .arguments import count, real
 from .checkpoint import Model
-from .device import memory_format
 from .graphs import CapturedStep
+<<<<<<< HEAD
 from .loop import FirstState, Loop, check_first_state, rows
+=======
+from .inference import FusedUNet, prepare
+from .loop import Loop, check_first_state
+>>>>>>> unet
 from .plan import Plan, make_plan
 from .schedule import NoiseSchedule
 
@@ -107,17 +115,19 @@ class Sampler:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         variance_type: str | None = None,
+        fused: bool = True,
         **settings: object,
     ) -> Sampler:
         """A sampler of a loaded model, its network prepared for `dtype` on `device`.
 
-        variance_type: overrides the checkpoint's; the rest as for `Sampler`.
+        variance_type: overrides the checkpoint's. fused: see `inference.prepare`; the rest as for
+        `Sampler`.
         """
         config = model.config
         device = torch.device(device or next(model.unet.parameters()).device)
         null = config.num_classes if config.null_class != "none" else None
-        return cls(
-            prepare(model.unet, device, dtype),
+        sampler = cls(
+            prepare(model.unet, device, dtype, fused),
             model.schedule,
             config.sample_shape,
             prediction_type=model.prediction_type,
@@ -128,6 +138,9 @@ class Sampler:
             dtype=dtype,
             **settings,
         )
+        if isinstance(sampler.network, FusedUNet):
+            sampler.network.expect(sampler.timesteps.tolist())
+        return sampler
 
     def check(
         self,
@@ -274,6 +287,7 @@ class Sampler:
             )
 
 
+<<<<<<< HEAD
 def sample_range(start: int, num_samples: int) -> range:
     """The indices start .. start + num_samples - 1; ValueError if there are no such samples."""
     count("the number of samples", num_samples, 1, LAST_INDEX)
@@ -289,6 +303,8 @@ def prepare(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
     return network
 
 
+=======
+>>>>>>> unet
 def _resolve(device: torch.device, backend: str, graphs: bool) -> tuple[str, str]:
     """The step's backend. Asking for graphs on a GPU asks for the kernels that can be captured."""
     if graphs and device.type == "cuda" and backend == "auto" and not ops.is_overridden():

@@ -146,6 +146,53 @@ class Stage(nn.Module):
         return x if self.attention is None else self.attention(x)
 
 
+def embed(
+    config: UNetConfig,
+    time_mlp: nn.Sequential,
+    class_embedding: nn.Embedding | None,
+    t: Tensor,
+    class_labels: Tensor | None,
+) -> Tensor:
+    """The activated embedding (N, 4 * base_channels) that every block projects."""
+    channels, order = config.base_channels, config.embedding_order
+    emb = timestep_embedding(t, channels, order, config.embedding_shift)
+    emb = time_mlp(emb.to(time_mlp[0].weight.dtype))
+    if class_embedding is not None:
+        if class_labels is None:
+            class_labels = torch.full_like(t, config.num_classes, dtype=torch.int64)
+        rows = class_embedding.weight
+        if config.null_class == "zero":
+            rows = F.pad(rows, (0, 0, 0, 1))
+        emb = emb + F.embedding(class_labels, rows)
+    return F.silu(emb)
+
+
+def check_inputs(config: UNetConfig, x: Tensor, t: Tensor, class_labels: Tensor | None) -> None:
+    """Raise ValueError, in one sentence, for inputs that a U-Net of this kind does not take."""
+    c, n = config, x.shape[0]
+    c.check_size(tuple(x.shape[2:]))
+    if x.shape[1] != c.in_channels:
+        raise ValueError(f"x must have {c.in_channels} channels, got {x.shape[1]}")
+    if t.shape != (n,):
+        raise ValueError(f"t must have shape ({n},), one per sample, got {tuple(t.shape)}")
+    if class_labels is None:
+        if c.num_classes and c.null_class == "none":
+            raise ValueError("this model was trained without a null class: give class_labels")
+        return
+    if c.num_classes is None:
+        raise ValueError("class_labels were given, but this model was trained without classes")
+    if class_labels.shape != (n,) or class_labels.dtype != torch.int64:
+        raise ValueError(
+            f"class_labels must be int64 of shape ({n},), got {class_labels.dtype} of shape "
+            f"{tuple(class_labels.shape)}"
+        )
+    last = c.num_classes - (c.null_class == "none")
+    if n and class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(class_labels.min()), int(class_labels.max())
+        if low < 0 or high > last:
+            raise ValueError(f"class_labels must be in 0..{last}, got {low} to {high}")
+
+
 class UNet(nn.Module):
     """Predicts the noise in x_t (or x_0, or v: the checkpoint says which).
 
@@ -198,47 +245,9 @@ class UNet(nn.Module):
             return ResBlock(config, channels, channels, resample=way)
         return (Downsample if way == "down" else Upsample)(config, channels)
 
-    def embed(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """The activated embedding (N, 4 * base_channels) that every block projects."""
-        c = self.config
-        emb = timestep_embedding(t, c.base_channels, c.embedding_order, c.embedding_shift)
-        emb = self.time_mlp(emb.to(self.time_mlp[0].weight.dtype))
-        if self.class_embedding is not None:
-            if class_labels is None:
-                class_labels = torch.full_like(t, c.num_classes, dtype=torch.int64)
-            rows = self.class_embedding.weight
-            if c.null_class == "zero":
-                rows = F.pad(rows, (0, 0, 0, 1))
-            emb = emb + F.embedding(class_labels, rows)
-        return F.silu(emb)
-
-    def _check(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> None:
-        c, n = self.config, x.shape[0]
-        c.check_size(tuple(x.shape[2:]))
-        if x.shape[1] != c.in_channels:
-            raise ValueError(f"x must have {c.in_channels} channels, got {x.shape[1]}")
-        if t.shape != (n,):
-            raise ValueError(f"t must have shape ({n},), one per sample, got {tuple(t.shape)}")
-        if class_labels is None:
-            if c.num_classes and c.null_class == "none":
-                raise ValueError("this model was trained without a null class: give class_labels")
-            return
-        if c.num_classes is None:
-            raise ValueError("class_labels were given, but this model was trained without classes")
-        if class_labels.shape != (n,) or class_labels.dtype != torch.int64:
-            raise ValueError(
-                f"class_labels must be int64 of shape ({n},), got {class_labels.dtype} of shape "
-                f"{tuple(class_labels.shape)}"
-            )
-        last = c.num_classes - (c.null_class == "none")
-        if n and class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = int(class_labels.min()), int(class_labels.max())
-            if low < 0 or high > last:
-                raise ValueError(f"class_labels must be in 0..{last}, got {low} to {high}")
-
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        self._check(x, t, class_labels)
-        emb = self.embed(t, class_labels)
+        check_inputs(self.config, x, t, class_labels)
+        emb = embed(self.config, self.time_mlp, self.class_embedding, t, class_labels)
         h = self.conv_in(x)
         skips = [h]
         for module in self.down:

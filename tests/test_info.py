@@ -13,6 +13,8 @@ def test_the_report_names_the_choice_and_its_reason():
     if backend.extension is not None:
         assert "never run on a GPU" in lines["CUDA kernels"]
         assert backend.extension.cpu_level() in lines["CPU levels here"]
+        for name in ("mnist", "Ho et al.'s CIFAR-10 U-Net"):
+            assert ", 0 of them unfused, " in lines[name]
 
 
 def test_the_command_prints_the_report():

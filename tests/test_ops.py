@@ -72,6 +72,7 @@ def test_step_refuses_gradients(name):
         ops.p_sample_step(**arguments)
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_results_lie_as_the_state_does(backend):
     """Also where the kernels cannot walk it, so that what torch.compile expects is what comes."""
@@ -92,6 +93,11 @@ def test_results_lie_as_the_state_does(backend):
 
 
 @pytest.mark.parametrize("operator", ["randn", "q_sample", "p_sample_step", "p_sample_step_"])
+=======
+@pytest.mark.parametrize(
+    "operator", ["randn", "q_sample", "p_sample_step", "p_sample_step_", "group_norm"]
+)
+>>>>>>> unet
 def test_opcheck(operator):
     n = torch.arange(2)
     overload = getattr(torch.ops.ddpm_fast, operator).default
@@ -103,6 +109,8 @@ def test_opcheck(operator):
     optional |= {"status": torch.zeros(4, dtype=torch.int32)}
     optional |= {"next_input": torch.zeros(4, 3, 4, 5, dtype=torch.bfloat16)}
     x, rows = torch.randn(2, 3, 4), torch.rand(3, 2)
+    image = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    norm = (image, None, torch.randn(2, 3), torch.randn(1, 3), torch.randn(1, 3), 3, 1e-6, True)
     samples = {
         "randn": [((n, n, [3, 4], 5, 0), {})],
         "q_sample": [
@@ -117,6 +125,7 @@ def test_opcheck(operator):
             ((a["x_t"].transpose(2, 3).contiguous().transpose(2, 3), *step[1:]), optional),
         ],
         "p_sample_step_": [(tuple(step), optional)],
+        "group_norm": [((torch.empty_like(image), *norm), {})],
     }[operator]
     for args, kwargs in samples:
         torch.library.opcheck(overload, args, kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -49,7 +51,7 @@ def test_loop_is_the_published_chain(model):
     """The whole loop against p_sample written out with the published formulas in float64."""
     sampler = Sampler.from_model(model, steps=None, backend="cpu")
     x = sampler.sample(2, seed=9, start=4, classes=[1])
-    unet = sampler.network.double()
+    unet = copy.deepcopy(model.unet).double()
     labels = torch.tensor([1, 1])
 
     def draw(step: int) -> torch.Tensor:

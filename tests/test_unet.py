@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast.unet import Attention, Downsample, ResBlock, UNet, timestep_embedding
+from ddpm_fast.unet import (
+    Attention,
+    Downsample,
+    ResBlock,
+    UNet,
+    check_inputs,
+    timestep_embedding,
+)
 from ddpm_fast.unet_config import UNetConfig
 
 
@@ -292,7 +299,7 @@ def test_labels_on_a_gpu_are_not_waited_for(tiny_unet):
     x, t = inputs(unet.config)
     labels = mock.Mock(spec=torch.Tensor, shape=(2,), dtype=torch.int64)
     labels.device = torch.device("cuda")
-    unet._check(x, t, labels)
+    check_inputs(unet.config, x, t, labels)
     labels.min.assert_not_called()
     labels.max.assert_not_called()
 

@@ -64,6 +64,7 @@ struct Avx2 {
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F sqrt(F x) { return _mm256_sqrt_ps(x); }
+  static F reciprocal(F x) { return _mm256_rcp_ps(x); }       // within 2^-11.4
   static F poison(F a, F x) { return fma(x, set(0.0f), a); }  // NaN where x is not finite
   static F max(F a, F b) { return _mm256_max_ps(a, b); }      // b where either is NaN
   static F min(F a, F b) { return _mm256_min_ps(a, b); }

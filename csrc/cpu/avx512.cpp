@@ -125,6 +125,7 @@ struct Avx512 {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F sqrt(F x) { return _mm512_sqrt_ps(x); }
+  static F reciprocal(F x) { return _mm512_rcp14_ps(x); }     // within 2^-14
   static F poison(F a, F x) { return fma(x, set(0.0f), a); }  // NaN where x is not finite
   static F max(F a, F b) { return _mm512_max_ps(a, b); }      // b where either is NaN
   static F min(F a, F b) { return _mm512_min_ps(a, b); }

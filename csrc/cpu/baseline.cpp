@@ -29,6 +29,7 @@ struct Scalar {
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
   static F sqrt(F x) { return __builtin_sqrtf(x); }
+  static F reciprocal(F x) { return 1.0f / x; }
   static F poison(F a, F x) { return a + x * 0.0f; }  // NaN where x is not finite
   static F max(F a, F b) { return a > b ? a : b; }    // b where either is NaN, as in SSE
   static F min(F a, F b) { return a < b ? a : b; }

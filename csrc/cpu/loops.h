@@ -2,6 +2,7 @@
 #pragma once
 
 #include "noise_loop.h"
+#include "norm_loop.h"
 #include "q_sample_loop.h"
 #include "step_loop.h"
 
@@ -19,7 +20,7 @@ void randn(const RandnArgs& args, int64_t begin, int64_t end) {
 
 template <class V>
 constexpr CpuKernels cpu_kernels(const char* name) {
-  return {name, randn<V>, q_sample<V>, step<V>};
+  return {name, randn<V>, q_sample<V>, step<V>, group_norm<V>};
 }
 
 }  // namespace

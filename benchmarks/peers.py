@@ -1,0 +1,228 @@
+"""One evaluation of a U-Net by diffusers, OpenVINO and us: the same weights, alternating rounds.
+
+    python benchmarks/peers.py [--models cifar10 mnist] [--batch-sizes 1 16 64] [--rounds 7]
+
+Needs the extra `peers`; OpenVINO is left out, and named, where it is not installed. Every engine
+has the same number of threads. Milliseconds (median and quartiles), seconds of preparation, errors
+against the float32 `UNet`, peak memory, and the share of a convolution's speed measured in the
+same run go to results/peers.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import results
+import torch
+from diffusers_peer import to_diffusers
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm_fast.checkpoint import Model, load_model
+from ddpm_fast.fused import Conv
+from ddpm_fast.inference import prepare
+from ddpm_fast.schedule import NoiseSchedule
+from ddpm_fast.unet import UNet
+from ddpm_fast.unet_config import UNetConfig
+
+CPU = torch.device("cpu")
+TIMESTEPS = [0, 1, 10, 100, 500, 999]
+LAST = torch.channels_last
+Engine = Callable[[Tensor, Tensor], Callable[[], Tensor]]  # (x, t) -> one evaluation
+
+
+def cifar10() -> Model:
+    """Ho et al.'s network, with weights that keep the spread of what passes through."""
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig()).eval().requires_grad_(False)
+    for name, p in unet.named_parameters():
+        if p.ndim > 1:
+            p.normal_(0, p[0].numel() ** -0.5)
+        else:
+            p.normal_(float("norm" in name and name.endswith("weight")), 0.3)
+    return Model(unet, NoiseSchedule.linear(1000, 1e-4, 0.02))
+
+
+MODELS = {"cifar10": cifar10, "mnist": lambda: load_model("mnist")}
+
+
+def _diffusers(model: Model, dtype: torch.dtype, order: torch.memory_format) -> Engine:
+    unet = copy.deepcopy(to_diffusers(model).unet).to(dtype).to(memory_format=order)
+
+    def at(x: Tensor, t: Tensor) -> Callable[[], Tensor]:
+        x = x.to(dtype).contiguous(memory_format=order)
+        return lambda: unet(x, t).sample
+
+    return at
+
+
+class _Sample(nn.Module):
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.unet(x, t).sample
+
+
+def _openvino(model: Model) -> Engine:
+    import openvino
+
+    unet, core = _Sample(to_diffusers(model).unet), openvino.Core()
+    settings = {
+        "INFERENCE_PRECISION_HINT": "bf16",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+
+    def at(x: Tensor, t: Tensor) -> Callable[[], Tensor]:
+        graph = openvino.convert_model(unet, example_input=(x, t), input=[x.shape, t.shape])
+        compiled = core.compile_model(graph, "CPU", settings)
+        inputs = [x.numpy(), t.numpy()]
+        return lambda: torch.from_numpy(compiled(inputs)[0])
+
+    return at
+
+
+def _ours(model: Model, dtype: torch.dtype) -> Engine:
+    network = prepare(model.unet, CPU, dtype)
+    network.expect(range(model.schedule.num_timesteps))
+
+    def at(x: Tensor, t: Tensor) -> Callable[[], Tensor]:
+        x = x.to(dtype).contiguous(memory_format=LAST)
+        return lambda: network(x, t)
+
+    return at
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+ENGINES: dict[str, Callable[[Model], Engine]] = {
+    "diffusers float32": lambda m: _diffusers(m, F32, torch.contiguous_format),
+    "diffusers float32 channels_last": lambda m: _diffusers(m, F32, LAST),
+    "diffusers bfloat16 channels_last": lambda m: _diffusers(m, BF16, LAST),
+    "OpenVINO bfloat16": _openvino,
+    "ddpm_fast float32": lambda m: _ours(m, F32),
+    "ddpm_fast bfloat16": lambda m: _ours(m, BF16),
+}
+
+
+def inputs(model: Model, n: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(n, *model.config.sample_shape, generator=torch.Generator().manual_seed(1))
+    return x, torch.tensor([TIMESTEPS[i % len(TIMESTEPS)] for i in range(n)])
+
+
+def ceiling(dtype: torch.dtype) -> Callable[[], Tensor]:
+    """A convolution of 3x3, 256 to 256 channels, 16x16, a batch of 16, of packed weights."""
+    x = torch.randn(16, 256, 16, 16).to(dtype).contiguous(memory_format=LAST)
+    conv = Conv(torch.randn(256, 256, 3, 3), torch.randn(256), dtype, (16, 16), (1, 1))
+    return lambda: conv(x)
+
+
+CEILING_FLOP = 2 * 16 * 256 * 256 * 9 * 256
+
+
+def flop_of(model: Model) -> int:
+    """Of one image's convolutions and matrix products, as the trained network has them."""
+    with FlopCounterMode(display=False) as counter:
+        model.unet(*inputs(model, 1))
+    return counter.get_total_flops()
+
+
+def rounds(calls: dict[str, Callable[[], Tensor]], count: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each, in rounds in which each has its turn, after one that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for done in range(count + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if done:
+                times[name].append(1e3 * (time.perf_counter() - began))
+    figures = {}
+    for name, taken in times.items():
+        low, median, high = statistics.quantiles(taken, n=4, method="inclusive")
+        figures[name] = {"median": median, "quartiles": [low, high]}
+    return figures
+
+
+def peak_memory(model: str, engine: str, batch_size: int) -> float:
+    """MiB that a process reaches that makes and runs this engine only."""
+    command = [sys.executable, __file__, "--peak", model, engine, str(batch_size)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def _print_peak(model: str, engine: str, batch_size: str) -> None:
+    made = MODELS[model]()
+    call = ENGINES[engine](made)(*inputs(made, int(batch_size)))
+    call()
+    call()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def measure(model_name: str, batch_sizes: list[int], count: int, memory: bool) -> dict:
+    model = MODELS[model_name]()
+    work = flop_of(model)
+    figures: dict = {"flop_an_image": work, "engines": {}, "absent": [], "batches": {}}
+    made = {}
+    for name, make in ENGINES.items():
+        began = time.perf_counter()
+        try:
+            made[name] = make(model)
+        except ImportError as error:
+            figures["absent"].append(f"{name} ({error.name})")
+            continue
+        figures["engines"][name] = {"prepared_seconds": time.perf_counter() - began}
+    x, t = inputs(model, len(TIMESTEPS))
+    want = model.unet(x, t)
+    for batch_size in batch_sizes:
+        calls = {}
+        for name, engine in made.items():
+            began = time.perf_counter()
+            calls[name] = engine(*inputs(model, batch_size))
+            row = figures["engines"][name]
+            row["prepared_seconds"] += (time.perf_counter() - began) / len(batch_sizes)
+        if batch_size == batch_sizes[0]:
+            for name, engine in made.items():
+                error = (engine(x, t)().float() - want).norm() / want.norm()
+                figures["engines"][name]["error"] = float(error)
+        for dtype in (F32, BF16):
+            calls[f"ceiling {str(dtype).removeprefix('torch.')}"] = ceiling(dtype)
+        few = max(3, count // 2) if batch_size > 16 else count
+        row = figures["batches"][str(batch_size)] = rounds(calls, few)
+        for name, taken in row.items():
+            kind = "float32" if "float32" in name else "bfloat16"
+            speed = CEILING_FLOP / row[f"ceiling {kind}"]["median"]
+            taken["share"] = work * batch_size / taken["median"] / speed
+            print(f"{model_name} {batch_size:3} {name:34} {taken['median']:9.2f} ms", flush=True)
+    if memory:
+        for name in made:
+            peak = peak_memory(model_name, name, batch_sizes[-1])
+            figures["engines"][name]["peak_mib"] = peak
+    return figures
+
+
+@torch.no_grad()
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    p.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 16, 64])
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    p.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        return _print_peak(*args.peak)
+    memory = not args.no_memory
+    figures = {m: measure(m, args.batch_sizes, args.rounds, memory) for m in args.models}
+    print(results.write("peers", figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The blocks of a prepared U-Net, each made of the block of `unet.py` that it stands for.
+
+`is_fused` is False where a block needs PyTorch's ordinary operators.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .fused import Conv, Norm, Size, UpsampleConv, as_image
+from .time_table import TimeTable
+from .unet import Attention, Downsample, ResBlock, Stage, Upsample
+
+LONGEST_SCORES = 512  # positions up to which attention's scores are kept whole
+
+
+def packed(conv: nn.Module, dtype: torch.dtype, size: Size, bias: bool = True) -> Conv:
+    """A trained convolution, of one dimension or two, as a `Conv`."""
+    missing = 2 - len(conv.padding)
+    padding, stride = (0,) * missing + conv.padding, (1,) * missing + conv.stride
+    return Conv(as_image(conv.weight), conv.bias if bias else None, dtype, size, padding, stride)
+
+
+class FusedResBlock(nn.Module):
+    """See `unet.ResBlock`. The input may come in two parts, x and skip."""
+
+    def __init__(
+        self,
+        block: ResBlock,
+        table: TimeTable,
+        dtype: torch.dtype,
+        size: Size,
+        skip_channels: int = 0,
+    ) -> None:
+        super().__init__()
+        dims = block.conv1.weight.ndim - 2
+        self.resample, self.scale_shift = block.resample, block.scale_shift
+        self.is_fused = self.resample is None
+        self.factors = (1,) * (2 - dims) + (2,) * dims
+        self.norm1, self.norm2 = Norm(block.norm1), Norm(block.norm2)
+        self.columns = self._tabulate(block, table)
+        bias = self.scale_shift  # otherwise it is in the table
+        if block.resample == "up":
+            self.conv1 = UpsampleConv(block.conv1, dtype, size, bias)
+        else:
+            self.conv1 = packed(block.conv1, dtype, size, bias)
+        self.conv2 = packed(block.conv2, dtype, size)
+        self.shortcut = nn.ModuleList()
+        if not isinstance(block.shortcut, nn.Identity):
+            weight, bias = as_image(block.shortcut.weight), block.shortcut.bias
+            parts = [weight.shape[1] - skip_channels, skip_channels]
+            for part in weight.split(parts[: 1 + (skip_channels > 0)], 1):
+                self.shortcut.append(Conv(part, bias, dtype, size))
+                bias = None
+
+    def _tabulate(self, block: ResBlock, table: TimeTable) -> slice:
+        """What is added before the second norm, or the weight and bias that it takes."""
+        weight, bias = block.time.weight.detach().float(), block.time.bias.detach().float()
+        if not self.scale_shift:
+            return table.add(weight, bias + block.conv1.bias.detach())
+        (scale, shift), (scale_bias, shift_bias) = weight.chunk(2), bias.chunk(2)
+        norm_weight, norm_bias = self.norm2.weight, self.norm2.bias
+        return table.add(
+            torch.cat((norm_weight[:, None] * scale, norm_bias[:, None] * scale + shift)),
+            torch.cat((norm_weight * (1 + scale_bias), norm_bias * (1 + scale_bias) + shift_bias)),
+        )
+
+    def _resampled(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, self.factors)
+        factors = [float(factor) for factor in self.factors]
+        return F.interpolate(x, scale_factor=factors, mode="nearest")
+
+    def forward(self, x: Tensor, skip: Tensor | None, rows: Tensor) -> Tensor:
+        h = self.norm1(x, skip)
+        if self.resample == "down":
+            h = self._resampled(h)
+        h, row = self.conv1(h), rows[:, self.columns]
+        h = self.norm2(h, affine=row.chunk(2, 1)) if self.scale_shift else self.norm2(h, shift=row)
+        if self.resample:
+            x = self._resampled(x)
+        if self.shortcut:
+            x = self.shortcut[0](x)
+            if skip is not None:
+                x = self.shortcut[1](skip, x)
+        elif skip is not None:
+            x = torch.cat((x, skip), 1)
+        return self.conv2(h, x)
+
+
+def _positions(x: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, H * W, C); a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class FusedAttention(nn.Module):
+    """See `unet.Attention`. With one head, query and key, and value and output, are one projection.
+
+    The score (Wq x + bq) (Wk y + bk) is (Wk' Wq x + Wk' bq) y, and something equal for all y, which
+    the softmax does not see. Its weights have the sum 1, so Wo may come before them.
+    """
+
+    def __init__(self, attention: Attention, dtype: torch.dtype, size: Size) -> None:
+        super().__init__()
+        self.norm, self.heads = Norm(attention.norm, silu=False), attention.heads
+        self.is_fused = self.heads == 1
+        weight, bias = as_image(attention.qkv.weight), attention.qkv.bias.detach().float()
+        out, out_bias = as_image(attention.proj.weight), attention.proj.bias.detach().float()
+        if attention.order == "heads":
+            weight, bias = (
+                v.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+                for v in (weight, bias)
+            )
+        if self.heads == 1:
+            q, k, v = weight.flatten(1).double().chunk(3)
+            q_bias, _, v_bias = bias.double().chunk(3)
+            o, scale = out.flatten(1).double(), 1 / math.sqrt(len(q))
+            weight, bias = (scale * k.T @ q)[..., None, None], scale * k.T @ q_bias
+            out, out_bias = (o @ v)[..., None, None], o @ v_bias + out_bias
+        self.project = Conv(weight, bias, dtype, size)
+        self.out = Conv(out, out_bias, dtype, size)
+
+    def _attend(self, x: Tensor, projected: Tensor) -> Tensor:
+        """(N, L, C) of the normalised input and its projection."""
+        if self.heads > 1:
+            q, k, v = projected.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if x.shape[1] > LONGEST_SCORES:
+            q, k = projected.unsqueeze(1), x.unsqueeze(1)
+            return F.scaled_dot_product_attention(q, k, k, scale=1.0).squeeze(1)
+        return torch.bmm(torch.bmm(projected, x.mT).softmax(-1), x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        h = self._attend(_positions(normed), _positions(self.project(normed)))
+        return self.out(h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2), x)
+
+
+class FusedStage(nn.Module):
+    """See `unet.Stage`."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        table: TimeTable,
+        dtype: torch.dtype,
+        size: Size,
+        skip_channels: int = 0,
+    ) -> None:
+        super().__init__()
+        self.block = FusedResBlock(stage.block, table, dtype, size, skip_channels)
+        attention = stage.attention
+        self.attention = None if attention is None else FusedAttention(attention, dtype, size)
+
+    def forward(self, x: Tensor, skip: Tensor | None, rows: Tensor) -> Tensor:
+        x = self.block(x, skip, rows)
+        return x if self.attention is None else self.attention(x)
+
+
+class FusedResampler(nn.Module):
+    """See `unet.Downsample` and `unet.Upsample`."""
+
+    def __init__(self, layer: Downsample | Upsample, dtype: torch.dtype, size: Size) -> None:
+        super().__init__()
+        is_up = isinstance(layer, Upsample)
+        self.pad = () if is_up else layer.pad
+        self.conv = (UpsampleConv if is_up else packed)(layer.conv, dtype, size)
+
+    def forward(self, x: Tensor, skip: None, rows: Tensor) -> Tensor:
+        return self.conv(F.pad(x, self.pad) if self.pad else x)

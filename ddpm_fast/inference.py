@@ -1,0 +1,157 @@
+"""A trained `UNet` as a network that computes the same function faster, on a CPU.
+
+Nothing is compiled: weights are packed once, what the timestep decides is tabulated, and each block
+is a few calls of fused operators. `prepare` is what the sampler calls.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .device import memory_format
+from .fused import DTYPES, Norm, Size
+from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, packed
+from .time_table import TimeTable
+from .unet import ResBlock, Stage, UNet, check_inputs
+from .workers import workers
+
+# Measured on two cores with 1 MiB of second-level cache each: below, each call's fixed cost shows;
+# above, what one layer writes is gone from the cache before the next reads it.
+SMALLEST_GROUP, LARGEST_GROUP_BYTES = 2, 4 * 2**20
+MOST_WORKERS = 8  # beyond, they would wait for Python's lock
+
+
+class FusedUNet(nn.Module):
+    """Called as the `UNet` that it was made of, with x of `dtype`; it has no gradients.
+
+    Args:
+        unet: on the CPU; it is copied, and may change afterwards.
+        dtype: of the activations and the packed weights, one of `fused.DTYPES`.
+    """
+
+    def __init__(self, unet: UNet, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.dtype = unet.config, dtype
+        self.table = TimeTable(unet)
+        sizes = self._sizes()
+        level = 0
+        self.conv_in = packed(unet.conv_in, dtype, sizes[level])
+        skips = [unet.config.base_channels]
+        self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for module in unet.down:
+            self.down.append(self._fused(module, sizes[level]))
+            if isinstance(module, Stage):
+                skips.append(module.block.conv1.out_channels)
+            else:
+                skips.append(skips[-1])
+                level += 1
+        for module in unet.middle:
+            self.middle.append(self._fused(module, sizes[level]))
+        for module in unet.up:
+            if isinstance(module, Stage):
+                self.up.append(self._fused(module, sizes[level], skips.pop()))
+            else:
+                self.up.append(self._fused(module, sizes[level]))
+                level -= 1
+        self.norm_out = Norm(unet.norm_out)
+        self.conv_out = packed(unet.conv_out, dtype, sizes[0])
+        self.eval().requires_grad_(False)
+
+    def _sizes(self) -> list[Size]:
+        """(H, W) of each level, for samples of the size that the model was trained on."""
+        size, levels = self.config.sample_size, range(len(self.config.channel_mult))
+        height, width = (1, *size) if len(size) == 1 else size
+        return [(max(1, height >> level), width >> level) for level in levels]
+
+    def _fused(self, module: nn.Module, size: Size, skip_channels: int = 0) -> nn.Module:
+        if isinstance(module, Stage):
+            return FusedStage(module, self.table, self.dtype, size, skip_channels)
+        if isinstance(module, ResBlock):
+            return FusedResBlock(module, self.table, self.dtype, size)
+        return FusedResampler(module, self.dtype, size)
+
+    def _run(self, x: Tensor, rows: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        skips = [h]
+        for module in self.down:
+            h = module(h, None, rows)
+            skips.append(h)
+        for module in self.middle:
+            h = module(h, None, rows)
+        for module in self.up:
+            h = module(h, skips.pop() if isinstance(module, FusedStage) else None, rows)
+        return self.conv_out(self.norm_out(h))
+
+    def expect(self, timesteps: Sequence[float]) -> None:
+        """Tabulate these timesteps, which will be asked for; others may be too."""
+        self.table.expect(timesteps)
+
+    def _group_size(self, batch_size: int) -> int:
+        """How many samples a core takes at once by itself; 0: all cores share each layer.
+
+        All groups of a batch have this size, so that a sample's bits do not depend on its place.
+        """
+        threads = torch.get_num_threads()
+        if not 1 < threads <= MOST_WORKERS:
+            return 0
+        height, width = self._sizes()[0]
+        widest = self.config.base_channels * height * width * self.dtype.itemsize
+        for groups in range(threads, batch_size // SMALLEST_GROUP + 1, threads):
+            size = batch_size // groups
+            if batch_size % groups == 0 and (
+                size == SMALLEST_GROUP or size * widest <= LARGEST_GROUP_BYTES
+            ):
+                return size
+        return 0
+
+    def _run_groups(self, x: Tensor, rows: Tensor, size: int) -> Tensor:
+        groups = x.split(size)
+        shared = [rows] * len(groups) if len(rows) == 1 else rows.split(size)
+
+        @torch.no_grad()  # which each thread has for itself
+        def run(group: Tensor, rows: Tensor) -> Tensor:
+            return self._run(group, rows)
+
+        return torch.cat(list(workers(torch.get_num_threads()).map(run, groups, shared)))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        check_inputs(self.config, x, t, class_labels)
+        if x.dtype != self.dtype:
+            wanted, got = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, x.dtype))
+            raise ValueError(
+                f"x must be {wanted}, as the network was prepared for, but it is {got}"
+            )
+        rows = self.table(t, class_labels)
+        x = x.unsqueeze(2) if self.config.dims == 1 else x
+        x = x.contiguous(memory_format=torch.channels_last)
+        size = self._group_size(len(x))
+        out = self._run_groups(x, rows, size) if size else self._run(x, rows)
+        return out.squeeze(2) if self.config.dims == 1 else out
+
+
+def unfused(network: nn.Module) -> list[str]:
+    """The names of the layers that run as PyTorch's ordinary operators."""
+    return [name for name, m in network.named_modules() if not getattr(m, "is_fused", True)]
+
+
+def prepare(
+    unet: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    fused: bool = True,
+) -> nn.Module:
+    """A copy of the network for sampling: on `device`, in `dtype`, without gradients.
+
+    A `UNet` on a CPU in float32 or bfloat16 becomes a `FusedUNet`, unless `fused` is False.
+    """
+    if fused and isinstance(unet, UNet) and device.type == "cpu" and dtype in DTYPES:
+        return FusedUNet(unet, dtype)
+    network = copy.deepcopy(unet).to(device, dtype).eval().requires_grad_(False)
+    if any(p.ndim == 4 for p in network.parameters()):
+        network.to(memory_format=memory_format(device, dtype, 4))
+    return network

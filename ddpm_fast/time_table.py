@@ -1,0 +1,75 @@
+"""What a U-Net's blocks take from the timestep and the class, computed once and kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .unet import UNet, embed
+
+MAX_VALUES = 2**24  # float32 values kept at once: 64 MiB
+
+
+class TimeTable:
+    """The projections of all blocks side by side, as a float32 row for each (timestep, class).
+
+    A row does not depend on what it was first asked for with: those of the expected timesteps are
+    computed together for each class, any other by itself.
+    """
+
+    def __init__(self, unet: UNet) -> None:
+        self.config = unet.config
+        self.time_mlp = copy.deepcopy(unet.time_mlp).float()
+        self.class_embedding = copy.deepcopy(unet.class_embedding)
+        if self.class_embedding is not None:
+            self.class_embedding.float()
+        self._weight, self._bias = torch.empty(0, 4 * unet.config.base_channels), torch.empty(0)
+        self._place: dict[float, int] = {}  # of the expected timesteps
+        self._tables: dict[int | None, Tensor] = {}
+        self._others: dict[tuple[float, int | None], Tensor] = {}
+
+    def add(self, weight: Tensor, bias: Tensor) -> slice:
+        """One more projection, (channels, width) and (channels); its columns in each row."""
+        first = len(self._bias)
+        self._weight = torch.cat((self._weight, weight.detach().float()))
+        self._bias = torch.cat((self._bias, bias.detach().float()))
+        return slice(first, len(self._bias))
+
+    def expect(self, timesteps: Sequence[float]) -> None:
+        """Be ready for these."""
+        self._place = {t: i for i, t in enumerate(dict.fromkeys(timesteps))}
+        self._tables.clear()
+        if not self.config.num_classes:
+            self._tables[None] = self._compute(list(self._place), None)
+
+    def _compute(self, timesteps: list[float], label: int | None) -> Tensor:
+        t = torch.tensor(timesteps, dtype=torch.float64)
+        labels = None if label is None else torch.full_like(t, label, dtype=torch.int64)
+        emb = embed(self.config, self.time_mlp, self.class_embedding, t, labels)
+        return F.linear(emb, self._weight, self._bias)
+
+    def _row(self, t: float, label: int | None) -> Tensor:
+        """(1, columns); the oldest make room for it."""
+        place = self._place.get(t)
+        if place is None:
+            if (t, label) not in self._others:
+                if len(self._others) * len(self._bias) > MAX_VALUES:
+                    self._others.pop(next(iter(self._others)))
+                self._others[t, label] = self._compute([t], label)
+            return self._others[t, label]
+        if label not in self._tables:
+            if len(self._tables) * len(self._place) * len(self._bias) > MAX_VALUES:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[label] = self._compute(list(self._place), label)
+        return self._tables[label][place : place + 1]
+
+    def __call__(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        """The rows of t (N,) and class_labels (N,) or None; a single one where all are equal."""
+        labels = [None] * len(t) if class_labels is None else class_labels.tolist()
+        keys = list(zip(t.tolist(), labels, strict=True))
+        rows = {key: self._row(*key) for key in dict.fromkeys(keys)}
+        return rows[keys[0]] if len(rows) == 1 else torch.cat([rows[key] for key in keys])

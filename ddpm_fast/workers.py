@@ -1,0 +1,31 @@
+"""Threads that each compute on one core, for work that is cut by samples instead of by layers."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+
+
+@cache
+def workers(threads: int) -> ThreadPoolExecutor:
+    """As many threads, in each of which torch uses no others."""
+    ready = threading.Barrier(threads + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ddpm_fast")
+    for _ in range(threads):
+        pool.submit(begin)
+    ready.wait()
+    # torch keeps a count for each thread, and another for threads to come, which is mended here.
+    torch.set_num_threads(threads)
+    return pool
+
+
+os.register_at_fork(after_in_child=workers.cache_clear)

@@ -1,0 +1,290 @@
+"""The prepared network is the trained one: its values, and what they may depend on."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ddpm_fast import backend
+from ddpm_fast.checkpoint import load_model
+from ddpm_fast.fused_blocks import FusedAttention
+from ddpm_fast.inference import FusedUNet, prepare, unfused
+from ddpm_fast.sampler import Sampler
+from ddpm_fast.unet import Attention, UNet
+from ddpm_fast.unet_config import UNetConfig
+
+CPU = torch.device("cpu")
+T = torch.tensor([0, 1, 10, 100, 500, 999])
+F32, BF16 = torch.float32, torch.bfloat16
+BOUND = {F32: 1e-5, BF16: 1e-2}
+CIFAR10 = UNetConfig()
+# A thin network rounds more than a wide one: PyTorch's own bfloat16 is the measure there.
+CONFIGS = [
+    {},
+    {"norm_groups": 8},
+    {"num_heads": 2},
+    {"num_heads": 4, "qkv_order": "heads"},
+    {"qkv_order": "heads"},
+    {"head_channels": 8},
+    {"mid_attention": False, "attention_levels": (False, False)},
+    {"attention_levels": (True, True), "sample_size": (32, 24)},
+    {"scale_shift_norm": True},
+    {"resblock_updown": True},
+    {"resblock_updown": True, "scale_shift_norm": True, "num_heads": 2},
+    {"downsample_padding": "symmetric"},
+    {"in_channels": 3, "learn_sigma": True},
+    {"num_classes": 3, "null_class": "row"},
+    {"num_classes": 3, "null_class": "zero", "scale_shift_norm": True},
+    {"num_classes": 4},
+    {"embedding_order": "cos_sin", "embedding_shift": 0.0, "norm_eps": 1e-3},
+    {"embedding_order": "interleaved"},
+    {"channel_mult": (1,), "attention_levels": (True,)},
+    {"channel_mult": (1, 3, 2), "attention_levels": (False, True, False), "num_res_blocks": 2},
+    {"sample_size": (16,)},
+    {"sample_size": (16,), "resblock_updown": True, "scale_shift_norm": True},
+    {"sample_size": (6,), "downsample_padding": "symmetric", "num_heads": 2},
+]
+
+
+def randomized(config, seed=0):
+    """A network whose layers keep their input's spread; no norm and no bias is plain."""
+    unet = UNet(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in unet.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            mean = float("norm" in name and name.endswith("weight"))
+            parameter.normal_(mean, 0.3, generator=generator)
+    return unet
+
+
+def inputs(config, n=6, seed=1):
+    """(x, t, class_labels)"""
+    x = torch.randn(n, *config.sample_shape, generator=torch.Generator().manual_seed(seed))
+    labels = None
+    if config.num_classes:
+        labels = torch.arange(n) % (config.num_classes + (config.null_class != "none"))
+    return x, T.repeat(2)[:n], labels
+
+
+def run(network, dtype, x, *rest):
+    return network(x.to(dtype), *rest).double()
+
+
+def error(got, want):
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("change", CONFIGS, ids=str)
+def test_every_configuration_computes_the_same(change, dtype, tiny_config):
+    config = tiny_config(**change)
+    unet = randomized(config)
+    arguments = inputs(config)
+    want = run(unet, F32, *arguments)
+    network = prepare(unet, CPU, dtype)
+    got = run(network, dtype, *arguments)
+    assert isinstance(network, FusedUNet) and got.shape == want.shape
+    plain = error(run(prepare(unet, CPU, dtype, fused=False), dtype, *arguments), want)
+    assert error(got, want) < max(BOUND[dtype], 1.25 * plain)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("t", T.tolist())
+def test_the_published_cifar10_model(dtype, t, cifar10):
+    unet, networks = cifar10
+    x, _, _ = inputs(CIFAR10, 2)
+    times = torch.full((2,), t)
+    assert error(run(networks[dtype], dtype, x, times), run(unet, F32, x, times)) < BOUND[dtype]
+    if backend.extension is not None:
+        assert unfused(networks[dtype]) == []
+
+
+@pytest.fixture(scope="module")
+def cifar10():
+    unet = randomized(CIFAR10)
+    return unet, {dtype: prepare(unet, CPU, dtype) for dtype in (F32, BF16)}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_shipped_model(dtype):
+    unet = load_model("mnist").unet
+    network = prepare(unet, CPU, dtype)
+    x, _, _ = inputs(unet.config)
+    for t in T.tolist():
+        times = torch.full((len(x),), t)
+        for labels in (None, torch.arange(len(x))):
+            want = run(unet, F32, x, times, labels)
+            assert error(run(network, dtype, x, times, labels), want) < BOUND[dtype]
+    if backend.extension is not None:
+        assert unfused(network) == []
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_another_size_than_the_trained_one(dtype, tiny_config):
+    unet = randomized(tiny_config())
+    network = prepare(unet, CPU, dtype)
+    x = torch.randn(2, 1, 12, 20)
+    want = run(unet, F32, x, T[:2])
+    assert error(run(network, dtype, x, T[:2]), want) < 1.5 * BOUND[dtype]
+
+
+def test_a_long_attention_keeps_no_scores(tiny_config, monkeypatch):
+    layer = Attention(tiny_config(), 16)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, 16, 6, 4).contiguous(memory_format=torch.channels_last)
+    fused = FusedAttention(layer, F32, (6, 4))
+    whole = fused(x)
+    monkeypatch.setattr("ddpm_fast.fused_blocks.LONGEST_SCORES", 8)
+    monkeypatch.delattr("torch.bmm")
+    for got in (whole, fused(x)):
+        torch.testing.assert_close(got, layer(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("labels", [None, [3, 0]])
+def test_any_timestep_has_its_row_expected_or_not(labels, tiny_config):
+    config = tiny_config(num_classes=3, null_class="row")
+    unet = randomized(config)
+    network = prepare(unet, CPU, F32)
+    network.expect([70, 3, 70])
+    labels = None if labels is None else torch.tensor(labels)
+    x, _, _ = inputs(config, 2)
+    for t in ([3, 3], [70, 3], [12, 3], [12, 12], [0.5, 70.0], [1e6, 0.0]):
+        times = torch.tensor(t)
+        want = run(unet, F32, x, times, labels)
+        assert error(run(network, F32, x, times, labels), want) < BOUND[F32]
+        assert error(run(network, F32, x, times, labels), want) < BOUND[F32]  # from the table
+
+
+def test_the_table_forgets_the_oldest(tiny_config, monkeypatch):
+    monkeypatch.setattr("ddpm_fast.time_table.MAX_VALUES", 1000)
+    unet = randomized(tiny_config(num_classes=3, null_class="row"))
+    network = prepare(unet, CPU, F32)
+    network.expect(range(5))
+    x, _, _ = inputs(unet.config, 1)
+    for t in range(12):
+        for label in range(4):
+            arguments = torch.tensor([t]), torch.tensor([label])
+            assert error(run(network, F32, x, *arguments), run(unet, F32, x, *arguments)) < 1e-5
+    kept = [*network.table._tables.values(), *network.table._others.values()]
+    assert 0 < sum(v.numel() for v in kept) < 2500
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("n", [1, 4, 6, 8, 12])
+def test_a_batch_in_groups_is_the_batch(dtype, n, extension, tiny_config):
+    """On one core there are no groups; on two, four samples or more are cut in two."""
+    unet = randomized(tiny_config(num_classes=3, null_class="row"))
+    network = prepare(unet, CPU, dtype)
+    arguments = inputs(unet.config, n)
+    want = run(unet, F32, *arguments)
+    seen = []
+    inner = network._run
+    network._run = lambda x, rows: seen.append(len(x)) or inner(x, rows)
+    for threads, sizes in ((1, [n]), (2, [n // 2] * 2 if n >= 4 else [n])):
+        torch.set_num_threads(threads)
+        got = run(network, dtype, *arguments)
+        assert error(got, want) < 2 * BOUND[dtype]
+        assert sorted(seen) == sizes and torch.get_num_threads() == threads
+        seen.clear()
+
+
+def test_groups_are_no_larger_than_the_cache_likes(extension, tiny_config):
+    torch.set_num_threads(2)
+    small, large = prepare(UNet(tiny_config()), CPU, BF16), prepare(UNet(CIFAR10), CPU, BF16)
+    assert [small._group_size(n) for n in (1, 3, 4, 7, 64, 1000)] == [0, 0, 2, 0, 32, 500]
+    assert [large._group_size(n) for n in (1, 16, 64, 100)] == [0, 8, 16, 10]
+    torch.set_num_threads(9)
+    assert large._group_size(90) == 0
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("batch_size", [3, 4, 8])
+def test_a_sample_does_not_depend_on_its_place(dtype, batch_size, extension, class_model):
+    torch.set_num_threads(2)
+    sampler = Sampler.from_model(class_model, dtype=dtype, steps=10)
+    assert isinstance(sampler.network, FusedUNet)
+    settings = {"seed": 3, "batch_size": batch_size, "classes": [0, 1, 2]}
+    whole = sampler.sample(9, start=36, **settings)
+    for start in (37, 40, 42):
+        assert torch.equal(sampler.sample(6, start=start, **settings)[42 - start], whole[6])
+
+
+def test_what_is_prepared_is_a_copy(tiny_config):
+    unet = randomized(tiny_config())
+    state = copy.deepcopy(unet.state_dict())
+    arguments = inputs(unet.config)
+    network = prepare(unet, CPU, F32)
+    before = run(network, F32, *arguments)
+    assert all(torch.equal(v, state[k]) for k, v in unet.state_dict().items())
+    for parameter in unet.parameters():
+        parameter.zero_()
+    assert torch.equal(run(network, F32, *arguments), before)
+
+
+def test_what_cannot_be_fused_is_counted(extension, tiny_config):
+    names = unfused(prepare(UNet(tiny_config(num_heads=2, resblock_updown=True)), CPU, F32))
+    assert [name.split(".")[-1] for name in names].count("attention") == 4
+    assert sum(name.split(".")[-1].isdigit() for name in names) == 2  # the blocks that resample
+    assert unfused(prepare(UNet(tiny_config()), CPU, F32)) == []
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16])
+def test_it_can_be_turned_off(dtype, class_model):
+    plain = Sampler.from_model(class_model, dtype=dtype, fused=False).network
+    assert isinstance(plain, UNet) and plain.conv_in.weight.dtype == dtype
+    fused = Sampler.from_model(class_model, dtype=dtype).network
+    assert isinstance(fused, FusedUNet) == (dtype != torch.float16)
+
+
+def test_inputs_that_do_not_fit_are_refused_as_by_the_unet(tiny_unet):
+    network = prepare(tiny_unet(), CPU, F32)
+    x, t, _ = inputs(network.config, 2)
+    for arguments, message in (
+        ((x, t, t), "trained without classes"),
+        ((x.repeat(1, 3, 1, 1), t), "1 channels, got 3"),
+        ((x, t[:1]), r"t must have shape \(2,\)"),
+        ((x[..., :7], t), "multiples of 2, got"),
+        ((x.bfloat16(), t), "x must be float32, as the network was prepared for, but it is bfl"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            network(*arguments)
+
+
+WITHOUT = """
+import sys, warnings
+sys.modules["ddpm_fast._C"] = None
+sys.path.insert(0, "tests")
+warnings.simplefilter("ignore")
+import torch
+from test_inference import *
+for change in ({}, {"num_heads": 2, "scale_shift_norm": True}, {"sample_size": (16,)}):
+    unet = randomized(UNetConfig(**(TINY | change)))
+    arguments = inputs(unet.config)
+    for dtype in (F32, BF16):
+        network = prepare(unet, CPU, dtype)
+        wrong = error(run(network, dtype, *arguments), run(unet, F32, *arguments))
+        assert wrong < 2.5 * BOUND[dtype], (change, dtype, wrong)
+print(len(unfused(prepare(UNet(UNetConfig(**TINY)), CPU, F32))))
+"""
+
+
+def test_without_the_extension_it_is_plain_torch():
+    from conftest import TINY
+
+    code = f"TINY = {TINY!r}\n{WITHOUT}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) > 10, done.stderr
+
+
+def test_without_onednn_the_convolutions_are_torchs(tiny_config, monkeypatch):
+    monkeypatch.setattr("ddpm_fast.fused.is_packable", lambda dtype: False)
+    unet = randomized(tiny_config(resblock_updown=True))
+    network = prepare(unet, CPU, F32)
+    assert any("conv" in name for name in unfused(network))
+    arguments = inputs(unet.config)
+    assert error(run(network, F32, *arguments), run(unet, F32, *arguments)) < BOUND[F32]
