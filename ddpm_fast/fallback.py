@@ -124,10 +124,7 @@ def p_sample_step(
         if bad.any():
             sample = int(bad.nonzero()[0])
             status[:3] = torch.tensor([2, int(row[sample]), sample], dtype=status.dtype)
-<<<<<<< HEAD
     return x_t.copy_(x_prev) if in_place else torch.empty_like(x_t).copy_(x_prev)
-=======
-    return x_prev
 
 
 def group_norm(
@@ -150,4 +147,3 @@ def group_norm(
     h = F.group_norm(h, groups, eps=eps) * per_channel(weight) + per_channel(bias)
     h = (F.silu(h) if silu else h).to(x.dtype)
     return h.contiguous(memory_format=torch.channels_last) if h.ndim == 4 else h
->>>>>>> unet

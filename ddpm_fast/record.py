@@ -12,6 +12,7 @@ import torch
 from . import __version__, noise
 from .checkpoint import Model
 from .device import device_name
+from .inference import FusedUNet
 from .sampler import Sampler
 
 NAME = "run.json"
@@ -46,6 +47,7 @@ def make_record(
         "backend": sampler.backend,
         "backend_reason": sampler.backend_reason,
         "graphs": sampler.graphs,
+        "fused_network": isinstance(sampler.network, FusedUNet),
         "device": sampler.device.type,
         "device_name": device_name(sampler.device),
         "threads": torch.get_num_threads(),

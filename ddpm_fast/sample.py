@@ -21,13 +21,8 @@ from .arguments import count
 from .backend import NAMES
 from .checkpoint import Model, load_model
 from .data import Dataset, load_dataset
-<<<<<<< HEAD
 from .device import DTYPES, resolve_device, resolve_dtype
 from .distributed import World
-=======
-from .device import DTYPES, device_name, resolve_device, resolve_dtype
-from .inference import FusedUNet
->>>>>>> unet
 from .methods import METHODS
 from .output import Output
 from .progress import Progress
@@ -80,17 +75,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, help="of a process; default: the cores, shared out")
     p.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network")
     p.add_argument("--backend", choices=NAMES, default="auto", help="of the fused step")
-<<<<<<< HEAD
-    p.add_argument("--out", default="samples", help="folder for the results, or an fsspec URL")
-=======
     p.add_argument(
         "--fused",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="on a CPU: the network's layers packed and fused, or as they were trained",
     )
-    p.add_argument("--out", default="samples", help="folder for the results")
->>>>>>> unet
+    p.add_argument("--out", default="samples", help="folder for the results, or an fsspec URL")
     p.add_argument("--overwrite", action="store_true", help="replace another run in --out")
     p.add_argument("--npz", action="store_true", help="also one samples_NxHxWxC.npz")
     p.add_argument("--gif", action="store_true", help="also the denoising as a moving picture")
@@ -119,7 +110,6 @@ def first_images(data: Dataset, index: Tensor) -> Tensor:
     return data.batch(index % len(data))[0]
 
 
-<<<<<<< HEAD
 def set_threads(threads: int | None, world: World) -> None:
     """Share the cores among the processes of this machine; torchrun alone would give each one."""
     if threads is None and world.local_size > 1:
@@ -130,45 +120,6 @@ def set_threads(threads: int | None, world: World) -> None:
         threads = max(1, cores // world.local_size)
     if threads is not None:
         torch.set_num_threads(count("--threads", threads, 1, 1 << 16))
-=======
-def record(
-    args: argparse.Namespace,
-    model: Model,
-    sampler: Sampler,
-    classes: list[int] | None,
-    init: Dataset | None,
-) -> dict:
-    """run.json: what decides the pictures, and what can change a last bit of them."""
-    decides = {
-        "model_sha256": model.sha256,
-        "schedule": model.schedule.config(),
-        **sampler.plan.describe(),
-        "init": None if init is None else init.checksums,
-        "classes": classes,
-        "guidance": args.guidance,
-        "seed": args.seed,
-        "noise_contract": noise.VERSION,
-        "dtype": str(sampler.dtype).removeprefix("torch."),
-    }
-    environment = {
-        "batch_size": args.batch_size,
-        "backend": sampler.backend,
-        "backend_reason": sampler.backend_reason,
-        "graphs": sampler.graphs,
-        "fused_network": isinstance(sampler.network, FusedUNet),
-        "device": str(sampler.device),
-        "device_name": device_name(sampler.device),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "ddpm_fast": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    samples = {"model": model.name, "start": args.start, "num_samples": args.num_samples}
-    return {"decides": decides, "samples": samples, "environment": environment}
->>>>>>> unet
 
 
 def make_sampler(args: argparse.Namespace, model: Model, device: torch.device) -> Sampler:

@@ -8,23 +8,14 @@ from contextlib import contextmanager
 from itertools import islice
 
 import torch
-<<<<<<< HEAD
-from torch import Tensor, nn
-=======
 from torch import Tensor
-from tqdm import tqdm
->>>>>>> unet
 
 from . import ops
 from .arguments import count, real
 from .checkpoint import Model
 from .graphs import CapturedStep
-<<<<<<< HEAD
-from .loop import FirstState, Loop, check_first_state, rows
-=======
 from .inference import FusedUNet, prepare
-from .loop import Loop, check_first_state
->>>>>>> unet
+from .loop import FirstState, Loop, check_first_state, rows
 from .plan import Plan, make_plan
 from .schedule import NoiseSchedule
 
@@ -287,7 +278,6 @@ class Sampler:
             )
 
 
-<<<<<<< HEAD
 def sample_range(start: int, num_samples: int) -> range:
     """The indices start .. start + num_samples - 1; ValueError if there are no such samples."""
     count("the number of samples", num_samples, 1, LAST_INDEX)
@@ -295,16 +285,6 @@ def sample_range(start: int, num_samples: int) -> range:
     return range(start, start + num_samples)
 
 
-def prepare(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of the network for sampling: on `device`, in `dtype`, in eval mode."""
-    network = copy.deepcopy(unet).to(device, dtype).eval().requires_grad_(False)
-    if any(p.ndim == 4 for p in network.parameters()):
-        network.to(memory_format=memory_format(device, dtype, 4))
-    return network
-
-
-=======
->>>>>>> unet
 def _resolve(device: torch.device, backend: str, graphs: bool) -> tuple[str, str]:
     """The step's backend. Asking for graphs on a GPU asks for the kernels that can be captured."""
     if graphs and device.type == "cuda" and backend == "auto" and not ops.is_overridden():

@@ -72,7 +72,6 @@ def test_step_refuses_gradients(name):
         ops.p_sample_step(**arguments)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_results_lie_as_the_state_does(backend):
     """Also where the kernels cannot walk it, so that what torch.compile expects is what comes."""
@@ -92,12 +91,9 @@ def test_results_lie_as_the_state_does(backend):
         assert backend == "reference" or drawn.stride() == want
 
 
-@pytest.mark.parametrize("operator", ["randn", "q_sample", "p_sample_step", "p_sample_step_"])
-=======
 @pytest.mark.parametrize(
     "operator", ["randn", "q_sample", "p_sample_step", "p_sample_step_", "group_norm"]
 )
->>>>>>> unet
 def test_opcheck(operator):
     n = torch.arange(2)
     overload = getattr(torch.ops.ddpm_fast, operator).default
