@@ -7,7 +7,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/*.cpp tests/*
 .PHONY: sample test test-gpu bench bench-gpu lint format info clean
 
 sample: $(VENV)/built
-	$(PY) -m ddpm_fast.sample --graphs
+	$(PY) -m ddpm_fast.sample --graphs auto
 
 test: $(VENV)/built
 	$(PY) -m pytest
