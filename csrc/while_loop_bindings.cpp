@@ -29,7 +29,9 @@ class Loop {
                           &loop));
     loop_.reset(loop);
   }
-  void launch(uintptr_t stream) { check(cuda_launch(loop_.get(), reinterpret_cast<void*>(stream))); }
+  void launch(uintptr_t stream) {
+    check(cuda_launch(loop_.get(), reinterpret_cast<void*>(stream)));
+  }
 
  private:
   std::unique_ptr<WhileLoop, Destroy> loop_;

@@ -171,19 +171,18 @@ def capture_error(error: RuntimeError, network: object) -> CaptureError:
     names = {}
     if isinstance(network, nn.Module):
         names = {module: name for name, module in network.named_modules()}
-    where, line, trace = "the network", "", error.__traceback__
+    what, line, trace = "the network", "", error.__traceback__
     while trace is not None:
         code, module = trace.tb_frame.f_code, trace.tb_frame.f_locals.get("self")
         if isinstance(module, nn.Module) and names.get(module):
-            where = f"its module {names[module]} ({type(module).__name__})"
+            what = f"the network's module {names[module]} ({type(module).__name__})"
         if not code.co_filename.startswith(_TORCH):
             line = linecache.getline(code.co_filename, trace.tb_lineno).strip()
         trace = trace.tb_next
     reason = " ".join(str(error).split("\n")[0].split())[:200]
     at = f", at `{line}`" if line else ""
     return CaptureError(
-        f"the network cannot be captured in a CUDA graph, because of {where}{at}: {reason}; "
-        f"leave graphs off, or ask for auto"
+        f'a CUDA graph cannot capture {what}{at}: {reason}; leave graphs off, or ask for "auto"'
     )
 
 

@@ -46,7 +46,7 @@ def test_replays_equal_the_eager_loop(class_model, settings):
     """One capture serves other seeds, indices and labels, a padded batch and another scale."""
     eager, sampler = (make(class_model, **settings) for _ in range(2))
     executor = recorded(sampler)
-    runs = [dict(num_samples=6, start=5), dict(num_samples=3, seed=2**63 + 1, classes=[1])]
+    runs = [{"num_samples": 6, "start": 5}, {"num_samples": 3, "seed": 2**63 + 1, "classes": [1]}]
     for run in runs * 2:
         run = {"batch_size": 4} | RUN | run
         assert torch.equal(sampler.sample(**run), eager.sample(**run))
@@ -207,7 +207,7 @@ def reading(x, t):
     "network, message",
     [
         (Network(), r"module blocks\.1 \(Reads\), at `return x \* 2 if x\.max\(\) > 3 else x`"),
-        (reading, r"because of the network, at `return x \* float\(x\.mean\(\)\)`"),
+        (reading, r"capture the network, at `return x \* float\(x\.mean\(\)\)`"),
     ],
     ids=["module", "function"],
 )
@@ -225,7 +225,7 @@ def test_auto_falls_back_with_one_warning():
     sampler = Sampler(reading, **settings, graphs="auto")
     recorded(sampler)
     assert sampler.graphs
-    with pytest.warns(UserWarning, match="step by step: the network cannot be captured"):
+    with pytest.warns(UserWarning, match="step by step: a CUDA graph cannot capture the network"):
         got = sampler.sample(3, batch_size=2)
     assert not sampler.graphs
     with warnings.catch_warnings():

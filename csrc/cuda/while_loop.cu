@@ -1,5 +1,5 @@
-// A captured step, repeated on the device: one graph whose WHILE node holds the step and counts down
-// (CUDA programming guide, "Conditional graph nodes"; CUDA 12.4).
+// A captured step, repeated on the device: one graph whose WHILE node holds the step and counts
+// down (CUDA programming guide, "Conditional graph nodes"; CUDA 12.4).
 #include <cuda_runtime.h>
 
 #include "../kernels.h"
