@@ -15,6 +15,7 @@ from torch import Tensor
 Step = Callable[[], None]
 Replay = Callable[[int], None]  # that many times
 WHOLE = "all"  # steps a graph: the loop in one launch
+ONE_LAUNCH = "the loop as one launch"
 
 
 class CaptureError(RuntimeError):
@@ -102,7 +103,7 @@ class Stepper:
     def form(self) -> str:
         """What one launch does, in words."""
         if self._loop is not None:
-            return "the loop as one launch"
+            return ONE_LAUNCH
         count = self._captured[0][0]
         return "a step a launch" if count == 1 else f"{count} steps a launch"
 

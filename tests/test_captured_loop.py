@@ -14,7 +14,7 @@ from step_cases import same_bits
 from test_cuda import needs
 from test_loops import METHODS, Network, reading
 
-from ddpm_fast.executor import WHOLE, CaptureError
+from ddpm_fast.executor import ONE_LAUNCH, WHOLE, CaptureError
 from ddpm_fast.graphs import while_loop_obstacle
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
@@ -90,7 +90,7 @@ def test_with_triton_kernels(class_model, captures, settings):
 def test_the_loop_is_one_launch(class_model):
     sampler = make(class_model, steps_per_graph=WHOLE)
     sampler.sample(4, **RUN)
-    assert sampler.loops.forms == ["the loop as one launch"]
+    assert sampler.loops.forms == [ONE_LAUNCH]
 
 
 def test_replays_repeat_and_differ_as_their_seeds_do(class_model, captures):

@@ -11,7 +11,7 @@ from recording import RecordingLoop, recorded, storages, tensors
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_fast.executor import CaptureError
+from ddpm_fast.executor import ONE_LAUNCH, CaptureError
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
 
@@ -81,7 +81,7 @@ def test_the_loop_as_one_launch(class_model):
     got = sampler.sample(2, **RUN, callback=lambda i, done, x: seen.append(done), callback_every=3)
     assert torch.equal(got, make(class_model).sample(2, **RUN))
     assert [n for what, n in executor.log if what == "loop"] == [3, 3, 1]
-    assert seen == [0, 3, 6, 7] and sampler.loops.forms == ["the loop as one launch"]
+    assert seen == [0, 3, 6, 7] and sampler.loops.forms == [ONE_LAUNCH]
 
 
 @pytest.mark.parametrize("per_graph", [1, 3])
