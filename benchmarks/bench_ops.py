@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import results
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_fast import ops
@@ -80,7 +81,7 @@ def alternate(benchmark, calls: dict[str, Call]) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def figures() -> Iterator[dict]:
     """{operator: {case: {who: seconds a call}}}, written when all are measured."""
-    rows: dict = {"randn": {}, "q_sample": {}, "p_sample_step": {}}
+    rows: dict = {"randn": {}, "q_sample": {}, "p_sample_step": {}, "group_norm": {}}
     rows["absent_peers"] = [] if DDPMScheduler else ["diffusers"]
     with torch.inference_mode():
         yield rows
@@ -209,3 +210,21 @@ def test_p_sample_step_of_other_layouts(benchmark, figures, variant):
     scale = {name: 2**20 / torch.Size(even).numel() for name in times}
     scale |= {name: 2**20 / torch.Size(shape).numel() for name in BACKENDS}
     figures["p_sample_step"][variant] = {k: v * scale[k] for k, v in times.items()}
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="group_norm has a kernel on the CPU only")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(16, 128, 32, 32), (64, 24, 28, 28), (1, 256, 16, 16)], ids=str)
+def test_group_norm(benchmark, figures, shape, dtype):
+    x = random(*shape).to(dtype).contiguous(memory_format=LAST)
+    channels, groups = shape[1], 8
+    weight, bias = random(channels), random(channels)
+    own = weight.to(dtype), bias.to(dtype)
+    target = torch.empty_like(x)
+    calls = {
+        "cpu": lambda: ops.group_norm(x, None, None, weight, bias, groups, 1e-6, True),
+        "silu(group_norm(x))": lambda: F.silu(F.group_norm(x, groups, *own, 1e-6)),
+        "copy": lambda: target.copy_(x),
+    }
+    kind = str(dtype).removeprefix("torch.")
+    figures["group_norm"][f"{shape}, {kind}"] = alternate(benchmark, calls)

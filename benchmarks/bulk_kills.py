@@ -3,8 +3,8 @@
     python benchmarks/bulk_kills.py [--kills 30]
 
 For 1, 2 and 3 processes: each time all of them get SIGKILL, sometimes one of them a little before
-the rest, at a random moment after they opened the folder; the run is started again, and at last
-left to finish. Its folder must be that of one undisturbed process byte for byte.
+the rest, at a random moment after they opened the folder or wrote into it; the run is started
+again, and at last left to finish. Its folder must be that of one undisturbed process byte for byte.
 """
 
 from __future__ import annotations
@@ -87,6 +87,10 @@ def opened(out: Path) -> int:
         return 0
 
 
+def count(out: Path) -> int:
+    return len([*out.glob("images/*.png")])
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     files = {
         path.relative_to(folder).as_posix(): path.read_bytes()
@@ -100,15 +104,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def killed_often(processes: int, kills: int, arguments: list[object], out: Path) -> list[int]:
     """The samples that were there after each kill; RuntimeError if the last start fails."""
-    chance, there = random.Random(processes), []
+    chance, there = random.Random(), []
     for _ in range(kills):
-        before = opened(out)
+        before, had = opened(out), count(out)
         run = start(processes, *arguments, "--out", out)
-        while opened(out) == before and any(p.poll() is None for p in run):
+        early = chance.random() < 0.3
+        while (opened(out) == before if early else count(out) == had) and run[0].poll() is None:
             time.sleep(0.005)
-        time.sleep(chance.uniform(0, 1.2 / processes))
+        time.sleep(chance.uniform(0, 0.8))
         kill(run, chance)
-        there.append(len([*out.glob("images/*.png")]))
+        there.append(count(out))
     run = start(processes, *arguments, "--out", out)
     if any(process.wait() for process in run):
         raise RuntimeError("the run that was left alone failed")

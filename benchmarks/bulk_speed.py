@@ -93,13 +93,13 @@ def memory(folder: Path) -> dict:
 
 
 def throughput(folder: Path) -> dict:
+    """In turns, with new samplers, whose first steps are slower, in both."""
     device = resolve_device("auto")
-    steps, n = 20, 4 * BATCH_SIZE
-    sampler = Sampler.from_model(
-        load_model("mnist", device), steps=steps, dtype=resolve_dtype("auto", device)
-    )
+    steps, n = 50, 2 * BATCH_SIZE
+    model = load_model("mnist", device)
 
     def bare() -> float:
+        sampler = Sampler.from_model(model, steps=steps, dtype=resolve_dtype("auto", device))
         began = time.perf_counter()
         for _, x in sampler.batches(range(n), batch_size=BATCH_SIZE):
             x.cpu()
@@ -112,13 +112,16 @@ def throughput(folder: Path) -> dict:
             sample.main([str(a) for a in (*arguments, "--out", out)])
         return speed(out)
 
-    bare()
-    rows = [(bare(), command(i)) for i in range(ROUNDS)]
+    rates: dict[str, list[float]] = {"bare": [], "command": []}
+    for i in range(ROUNDS + 1):
+        for name in sorted(rates, reverse=bool(i % 2)):
+            rates[name].append(bare() if name == "bare" else command(i))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "steps": steps,
-        "bare, images/s": statistics.median(b for b, _ in rows),
-        "command, images/s": statistics.median(c for _, c in rows),
-        "command / bare": statistics.median(c / b for b, c in rows),
+        "images/s": rates,
+        "medians": medians,
+        "command / bare": medians["command"] / medians["bare"],
     }
 
 
@@ -147,7 +150,7 @@ MEASUREMENTS = {f.__name__: f for f in (startup, memory, throughput, processes)}
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("what", nargs="*", choices=[*MEASUREMENTS, []], default=[*MEASUREMENTS])
+    p.add_argument("what", nargs="+", choices=MEASUREMENTS)
     for name in p.parse_args().what:
         with tempfile.TemporaryDirectory() as folder:
             figures = MEASUREMENTS[name](Path(folder))

@@ -1,11 +1,12 @@
 """One evaluation of a U-Net by diffusers, OpenVINO and us: the same weights, alternating rounds.
 
     python benchmarks/peers.py [--models cifar10 mnist] [--batch-sizes 1 16 64] [--rounds 7]
+    python benchmarks/peers.py --memory
 
 Needs the extra `peers`; OpenVINO is left out, and named, where it is not installed. Every engine
 has the same number of threads. Milliseconds (median and quartiles), seconds of preparation, errors
-against the float32 `UNet`, peak memory, and the share of a convolution's speed measured in the
-same run go to results/peers.json.
+against the float32 `UNet` and the share of a convolution's speed measured in the same run go to
+results/peers.json, peak memory to results/peers_memory.json.
 """
 
 from __future__ import annotations
@@ -133,32 +134,35 @@ def _print_peak(model: str, engine: str, batch_size: str) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def measure(model_name: str, batch_sizes: list[int], count: int, memory: bool) -> dict:
-    model = MODELS[model_name]()
-    work = flop_of(model)
-    figures: dict = {"flop_an_image": work, "engines": {}, "absent": [], "batches": {}}
+def make_engines(model: Model, names: list[str], figures: dict) -> dict[str, Engine]:
+    """Those that are installed; the seconds that each took, and the rest's names, in figures."""
     made = {}
-    for name, make in ENGINES.items():
+    for name in names:
         began = time.perf_counter()
         try:
-            made[name] = make(model)
+            made[name] = ENGINES[name](model)
         except ImportError as error:
             figures["absent"].append(f"{name} ({error.name})")
             continue
         figures["engines"][name] = {"prepared_seconds": time.perf_counter() - began}
+    return made
+
+
+def measure(model_name: str, names: list[str], batch_sizes: list[int], count: int) -> dict:
+    model = MODELS[model_name]()
+    work = flop_of(model)
+    figures: dict = {"flop_an_image": work, "engines": {}, "absent": [], "batches": {}}
+    made = make_engines(model, names, figures)
     x, t = inputs(model, len(TIMESTEPS))
     want = model.unet(x, t)
+    for name, engine in made.items():
+        began = time.perf_counter()
+        call = engine(x, t)
+        row = figures["engines"][name]
+        row["prepared_seconds"] += time.perf_counter() - began  # OpenVINO compiles for a shape
+        row["error"] = float((call().float() - want).norm() / want.norm())
     for batch_size in batch_sizes:
-        calls = {}
-        for name, engine in made.items():
-            began = time.perf_counter()
-            calls[name] = engine(*inputs(model, batch_size))
-            row = figures["engines"][name]
-            row["prepared_seconds"] += (time.perf_counter() - began) / len(batch_sizes)
-        if batch_size == batch_sizes[0]:
-            for name, engine in made.items():
-                error = (engine(x, t)().float() - want).norm() / want.norm()
-                figures["engines"][name]["error"] = float(error)
+        calls = {name: engine(*inputs(model, batch_size)) for name, engine in made.items()}
         for dtype in (F32, BF16):
             calls[f"ceiling {str(dtype).removeprefix('torch.')}"] = ceiling(dtype)
         few = max(3, count // 2) if batch_size > 16 else count
@@ -168,10 +172,7 @@ def measure(model_name: str, batch_sizes: list[int], count: int, memory: bool) -
             speed = CEILING_FLOP / row[f"ceiling {kind}"]["median"]
             taken["share"] = work * batch_size / taken["median"] / speed
             print(f"{model_name} {batch_size:3} {name:34} {taken['median']:9.2f} ms", flush=True)
-    if memory:
-        for name in made:
-            peak = peak_memory(model_name, name, batch_sizes[-1])
-            figures["engines"][name]["peak_mib"] = peak
+        del row["ceiling float32"]["share"], row["ceiling bfloat16"]["share"]
     return figures
 
 
@@ -179,18 +180,26 @@ def measure(model_name: str, batch_sizes: list[int], count: int, memory: bool) -
 def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    p.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     p.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 16, 64])
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    p.add_argument("--name", default="peers", help="of the file in results/")
+    p.add_argument("--memory", action="store_true", help="measure peak memory, and nothing else")
     p.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     if args.peak:
         return _print_peak(*args.peak)
-    memory = not args.no_memory
-    figures = {m: measure(m, args.batch_sizes, args.rounds, memory) for m in args.models}
-    print(results.write("peers", figures))
+    if args.memory:
+        largest = max(args.batch_sizes)
+        figures = {m: {e: peak_memory(m, e, largest) for e in args.engines} for m in args.models}
+        print(results.write("peers_memory", {"batch_size": largest, "mib": figures}))
+        return None
+    settings = (args.engines, args.batch_sizes, args.rounds)
+    figures = {model: measure(model, *settings) for model in args.models}
+    print(results.write(args.name, figures))
+    return None
 
 
 if __name__ == "__main__":

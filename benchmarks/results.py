@@ -38,7 +38,7 @@ def _commit() -> str:
 
 def write(name: str, figures: dict) -> Path:
     """Write `figures` under `name`, with what they were measured on."""
-    packages = ("ddpm_fast", "torch", "numpy", "diffusers", "triton")
+    packages = ("ddpm_fast", "torch", "numpy", "diffusers", "openvino", "triton")
     path = FOLDER / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     document = {

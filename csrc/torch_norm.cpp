@@ -48,12 +48,8 @@ void group_norm(Tensor out, Tensor x, std::optional<Tensor> skip, std::optional<
   require(out.dim() >= 3, "out must have the shape (N, C, ...), but it is ", shape_text(out), ".");
   require_channels_last("out", out, out);
   require_channels_last("x", x, out);
-  std::vector<Bytes> all{bytes_of("out", out), bytes_of("x", x)};
-  if (skip) {
-    require_channels_last("skip", *skip, out);
-    all.push_back(bytes_of("skip", *skip));
-  }
-  require_separate(all, 1);
+  if (skip) require_channels_last("skip", *skip, out);
+  require_separate({bytes_of("out", out), bytes_of("x", x), bytes_of("skip", skip.value_or(x))}, 1);
   const Shape shape(out);
   require(x.size(1) + (skip ? skip->size(1) : 0) == shape.channels,
           "x and skip must together have the ", shape.channels, " channels of out.");

@@ -144,9 +144,8 @@ STABLE_TORCH_LIBRARY(ddpm_fast, m) {
         "Tensor(b!)? previous_pred_xstart=None, Tensor(c!)? status=None, "
         "Tensor(d!)? next_input=None) -> ()");
   m.def(
-      "group_norm(Tensor(a!) out, Tensor x, Tensor? skip, Tensor? shift, Tensor weight, Tensor "
-      "bias, "
-      "int groups, float eps, bool silu) -> ()");
+      "group_norm(Tensor(a!) out, Tensor x, Tensor? skip, Tensor? shift, Tensor weight, "
+      "Tensor bias, int groups, float eps, bool silu) -> ()");
 }
 
 void implement(torch::stable::detail::StableLibrary& m) {

@@ -1,7 +1,9 @@
-"""What the commands share: how errors and signals become one sentence and an exit status."""
+"""What the commands share: a size as an option, and how errors and signals become one sentence."""
 
 from __future__ import annotations
 
+import argparse
+import re
 import signal
 import sys
 import threading
@@ -43,6 +45,14 @@ def _stopping() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def size(text: str) -> tuple[int, int]:
+    """Height and width of "HxW" or of one number, as the type of an option."""
+    match = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"wanted HxW or one number, got {text!r}")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def run(main: Callable[[], int | None], name: str) -> int:

@@ -11,7 +11,6 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from datetime import timedelta
 
 import numpy as np
 import torch.distributed as dist
@@ -35,7 +34,7 @@ class World:
         if self.size == 1:
             self._store: dist.Store = dist.HashStore()
         else:
-            self._store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(days=1)))
+            self._store, _, _ = next(dist.rendezvous("env://"))
 
     @property
     def leads(self) -> bool:

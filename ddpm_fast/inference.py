@@ -150,7 +150,8 @@ def prepare(
     A `UNet` on a CPU in float32 or bfloat16 becomes a `FusedUNet`, unless `fused` is False.
     """
     if fused and isinstance(unet, UNet) and device.type == "cpu" and dtype in DTYPES:
-        return FusedUNet(unet, dtype)
+        on_cpu = all(p.device == device for p in unet.parameters())
+        return FusedUNet(unet if on_cpu else copy.deepcopy(unet).to(device), dtype)
     network = copy.deepcopy(unet).to(device, dtype).eval().requires_grad_(False)
     if any(p.ndim == 4 for p in network.parameters()):
         network.to(memory_format=memory_format(device, dtype, 4))

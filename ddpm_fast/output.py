@@ -214,7 +214,10 @@ class Output:
         labels: (N,) for the npz. Raises RuntimeError if a file is missing or cannot be read.
         """
         if self._missing().any():
-            raise RuntimeError(f"files have gone from the folder: {self.standing()}")
+            raise RuntimeError(
+                f"all were written, but only {self.standing()} (--out must be one place for all "
+                f"processes)"
+            )
         shape = (len(self.indices), *self.array_shape)
         shown = f"samples_{'x'.join(map(str, shape))}.npz"
         if self.npz:
@@ -238,11 +241,10 @@ class Output:
         data = self.folder.read(self._file(index))
         try:
             array = images.read_png(data) if self.pictures else np.load(io.BytesIO(data))
+            if array.shape != self.array_shape:
+                raise ValueError(f"its shape is {array.shape}")
         except (OSError, ValueError, SyntaxError) as error:
-            array, reason = None, str(error)
-        if array is None or array.shape != self.array_shape:
-            reason = reason if array is None else f"its shape is {array.shape}"
             raise RuntimeError(
-                f"{self.folder}/{self._file(index)} is broken ({reason}): delete it and run again"
-            )
+                f"{self.folder}/{self._file(index)} is broken ({error}): delete it and run again"
+            ) from None
         return array

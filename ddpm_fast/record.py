@@ -33,6 +33,7 @@ def make_record(
     """
     decides = {
         "model_sha256": model.sha256,
+        "conventions": model.conventions,
         "schedule": model.schedule.config(),
         **sampler.plan.describe(),
         "init": init,

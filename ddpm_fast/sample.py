@@ -121,8 +121,12 @@ def first_images(data: Dataset, index: Tensor) -> Tensor:
 
 
 def set_threads(threads: int | None, world: World) -> None:
-    """Share the cores among the processes of this machine; torchrun alone would give each one."""
-    if threads is None and world.local_size > 1:
+    """Share the cores among the processes of this machine.
+
+    torchrun would have each use one, and says so in the variable that can also be the user's.
+    """
+    alone = world.local_size == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1"
+    if threads is None and not alone:
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))
         else:
@@ -144,7 +148,7 @@ def make_sampler(args: argparse.Namespace, model: Model, device: torch.device) -
         eta=args.eta,
         use_clipped_model_output=args.use_clipped_model_output,
         variance_type=args.variance,
-        clip_denoised=not args.no_clip,
+        clip_denoised=False if args.no_clip else None,
         guidance_scale=args.guidance,
         backend=args.backend,
         graphs=GRAPHS[args.graphs],
@@ -268,6 +272,8 @@ def main(argv: list[str] | None = None) -> int:
     if device.index is not None:
         torch.cuda.set_device(device)
     model = load_model(args.model, device)
+    if world.leads and not args.quiet:
+        print(*model.conventions, sep="\n", end="\n" if model.conventions else "")
     sampler = make_sampler(args, model, device)
     init = None if args.init is None else load_dataset(args.init)
     batch_size = args.batch_size

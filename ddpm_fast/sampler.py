@@ -114,13 +114,14 @@ class Sampler:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         variance_type: str | None = None,
+        clip_denoised: bool | None = None,
         fused: bool = True,
         **settings: object,
     ) -> Sampler:
         """A sampler of a loaded model, its network prepared for `dtype` on `device`.
 
-        variance_type: overrides the checkpoint's. fused: see `inference.prepare`; the rest as for
-        `Sampler`.
+        variance_type, clip_denoised: override the checkpoint's. fused: see `inference.prepare`; the
+        rest as for `Sampler`.
         """
         config = model.config
         device = torch.device(device or next(model.unet.parameters()).device)
@@ -131,6 +132,7 @@ class Sampler:
             config.sample_shape,
             prediction_type=model.prediction_type,
             variance_type=variance_type or model.variance_type,
+            clip_denoised=model.clip_denoised if clip_denoised is None else clip_denoised,
             num_classes=config.num_classes,
             null_class=null,
             device=device,

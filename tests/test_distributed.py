@@ -112,10 +112,14 @@ def test_threads_are_shared_out(worlds, monkeypatch):
     asked = []
     monkeypatch.setattr(sample.torch, "set_num_threads", asked.append)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun does
     for local_size, wanted in ((1, None), (3, None), (20, None), (3, 5)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_size))
         sample.set_threads(wanted, worlds(20)[0])
     assert asked == [2, 1, 5]  # a process alone keeps what it has
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # as a user does
+    sample.set_threads(None, worlds(20)[0])
+    assert asked == [2, 1, 5]
 
 
 def test_one_bar_shows_what_all_have_done_and_what_was_there(worlds, capsys):

@@ -14,6 +14,7 @@ from sampling import contents, run
 from ddpm_fast import images
 from ddpm_fast.folder import LocalFolder
 from ddpm_fast.loop import Loop
+from ddpm_fast.output import Output
 
 COMMON = ["--num-samples", 10, "--batch-size", 4, "--steps", 5, "--dtype", "float32", "--npz"]
 COMMON += ["--class", "0,2", "--seed", 3]
@@ -106,6 +107,20 @@ def test_a_broken_picture_is_named(arguments, whole, tmp_path, capsys):
         assert "000005.png is broken" in err and "delete it and run again" in err
     picture.unlink()
     assert run(capsys, *arguments)[0] == 0 and contents(tmp_path / "out") == whole
+
+
+def test_a_folder_that_is_not_one_place(arguments, tmp_path, capsys, monkeypatch):
+    """As where each machine has an --out of its own."""
+    drain = Output.drain
+
+    def losing(self) -> None:
+        drain(self)
+        (tmp_path / "out" / "images" / "000004.png").unlink()
+
+    monkeypatch.setattr(Output, "drain", losing)
+    status, _, err = run(capsys, *arguments, "--quiet")
+    assert status == 1 and len(err.splitlines()) == 1
+    assert "all were written, but only 9 of 10 samples are in" in err and "one place" in err
 
 
 def test_a_full_disk(arguments, whole, tmp_path, capsys, monkeypatch):

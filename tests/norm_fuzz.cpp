@@ -1,0 +1,92 @@
+// Fuzzes the CPU kernel of GroupNorm over shapes, parts, types and ranges, and holds every level
+// that this CPU has near the baseline. Built with kernels_fuzz.cpp, which says how.
+//   build-fuzz/norm_fuzz [cases] [seed]
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../csrc/cpu/conversions.h"
+#include "../csrc/kernels.h"
+
+namespace {
+
+using namespace ddpm_fast;
+
+std::mt19937_64 generator;
+
+int64_t below(int64_t n) { return static_cast<int64_t>(generator() % n); }
+float normal() { return std::normal_distribution<float>()(generator); }
+
+// Exactly as much memory as there are elements, for the address sanitizer.
+template <class T>
+struct Elements {
+  int64_t count;
+  std::unique_ptr<T[]> memory;
+
+  explicit Elements(int64_t n) : count(n), memory(new T[n]) {
+    for (int64_t i = 0; i < n; ++i) from_float(normal() + 0.5f, &memory[i]);
+  }
+};
+
+template <class T>
+void fuzz_case(DType dtype) {
+  static const int64_t kPixels[] = {1, 2, 3, 15, 16, 49, 64, 196, 257, 784};
+  static const int64_t kGroupSizes[] = {1, 2, 3, 4, 6, 12, 16, 31, 64, 300};
+  GroupNormArgs args{};
+  args.samples = 1 + below(3);
+  args.pixels = kPixels[below(10)];
+  args.groups = 1 + below(9);
+  const int64_t channels = args.groups * kGroupSizes[below(10)];
+  args.channels[1] = below(2) ? below(channels) : 0;
+  args.channels[0] = channels - args.channels[1];
+  const int64_t elements = args.samples * args.pixels;
+  const Elements<T> first(elements * args.channels[0]), second(elements * args.channels[1]);
+  const bool rows = below(2) != 0, shifted = below(2) != 0;
+  const Elements<float> shift((rows ? args.samples : 1) * channels);
+  const Elements<float> weight(shift.count), bias(shift.count);
+  args.x[0] = first.memory.get();
+  args.x[1] = second.memory.get();
+  args.shift = shifted ? shift.memory.get() : nullptr;
+  args.weight = weight.memory.get();
+  args.bias = bias.memory.get();
+  args.shift_stride = args.affine_stride = rows ? channels : 0;
+  args.eps = 0.01;
+  args.silu = below(2) != 0;
+  args.dtype = dtype;
+  const int64_t groups = args.samples * args.groups, middle = below(groups + 1);
+  const char* names[3];
+  std::vector<float> expected;
+  for (int level = 0; level < cpu_levels(names, true); ++level) {
+    set_cpu_level(names[level]);
+    const Elements<T> out(elements * channels);
+    const Elements<float> memory(4 * norm_row(channels));
+    args.out = out.memory.get();
+    cpu_kernels().group_norm(args, 0, middle, memory.memory.get());
+    cpu_kernels().group_norm(args, middle, groups, memory.memory.get());
+    for (int64_t i = 0; i < out.count; ++i) {
+      const float value = to_float(out.memory[i]);
+      if (level == 0) expected.push_back(value);
+      // Two neighbours of bfloat16, or some of float32.
+      const float bound = (sizeof(T) == 2 ? 0x1p-7f : 1e-5f) * (1.0f + std::abs(expected[i]));
+      if (std::abs(value - expected[i]) <= bound) continue;
+      std::printf("group_norm: %s gives %g, %s %g\n", names[level], value, names[0], expected[i]);
+      std::exit(1);
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 1000;
+  generator.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
+  for (int i = 0; i < cases; ++i) {
+    fuzz_case<float>(DType::kFloat32);
+    fuzz_case<BFloat16>(DType::kBFloat16);
+  }
+  const char* names[3];
+  std::printf("%d cases, %d levels agree\n", cases, cpu_levels(names, true));
+}
