@@ -103,7 +103,7 @@ def ours(bench: Bench, model: Model, n: int, **settings: object) -> Run:
     settings |= {"device": bench.device, "dtype": BF16, "steps": bench.steps}
     sampler = Sampler.from_model(model, **settings)
     if settings.get("graphs"):
-        sampler.capture([n], classes=False)
+        sampler.capture([n])
     if settings.get("steps_per_graph") == WHOLE and sampler.loops.forms != [ONE_LAUNCH]:
         raise BackendError(f"not here: {while_loop_obstacle() or 'a node that no loop may hold'}")
     return lambda: [None for _ in sampler.batches(range(n), batch_size=n)]

@@ -61,6 +61,9 @@ class Executor:
         """x as it is after the steps so far; the call waits for it, and returns it on the CPU."""
         return x.cpu
 
+    def synchronize(self) -> None:
+        """Wait for all that was replayed."""
+
     def memory_held(self) -> int:
         """Bytes on the device that captures keep for themselves."""
         return 0

@@ -29,8 +29,8 @@ class CudaGraphs(Executor):
 
     The graphs of a pool use the same memory, so no two may run at once: all are replayed on the one
     stream, which is also that of the warm-up and the capture, and nothing is queued there while a
-    thread captures. A capture hinders only its own thread's calls; for its few milliseconds no
-    other thread may synchronise the device or capture with torch's default, "global".
+    thread captures. For the few milliseconds of a capture no other thread may synchronise the
+    device, draw from its torch generator, or capture with torch's default error mode, "global".
 
     Args:
         device: with its index.
@@ -128,13 +128,15 @@ class CudaGraphs(Executor):
 
         return wait
 
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
     def memory_held(self) -> int:
         segments = torch.cuda.memory_snapshot()
         mine = (s for s in segments if tuple(s["segment_pool_id"]) == tuple(self._pool))
         return sum(s["total_size"] for s in mine)
 
     def release(self) -> None:
-        self._stream.synchronize()
         self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
 

@@ -28,7 +28,7 @@ class Loop:
     `step` is what is captured: the network and the update, with the row counter on the device.
     """
 
-    def __init__(self, sampler: Sampler, batch_size: int, conditional: bool) -> None:
+    def __init__(self, sampler: Sampler, batch_size: int) -> None:
         device, self.sampler, self.batch_size = sampler.device, sampler, batch_size
         copies = 2 if sampler.guided else 1  # of each sample, in what the network is given
         self.x = torch.zeros(batch_size, *sampler.sample_shape, device=device)
@@ -51,7 +51,7 @@ class Loop:
             device=device,
             memory_format=order,
         )
-        self.conditions = {"class_labels": self.labels} if conditional else {}
+        self.conditions = {} if sampler.num_classes is None else {"class_labels": self.labels}
 
     @property
     def nbytes(self) -> int:

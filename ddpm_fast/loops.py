@@ -17,8 +17,6 @@ from .loop import Loop
 if TYPE_CHECKING:
     from .sampler import Sampler
 
-Kind = tuple[int, bool]  # batch size, whether the network is given labels
-
 
 class KeptLoop:
     """A batch's buffers, and what advances them."""
@@ -48,7 +46,7 @@ class Loops:
     def __init__(self, executor: Executor, steps_per_graph: int | str, automatic: bool) -> None:
         self.executor, self.capture_seconds = executor, 0.0
         self._steps_per_graph, self._automatic = steps_per_graph, automatic
-        self._kept: dict[Kind, list[KeptLoop]] = {}
+        self._kept: dict[int, list[KeptLoop]] = {}  # by batch size
 
     @property
     def forms(self) -> list[str]:
@@ -63,13 +61,14 @@ class Loops:
         return [one for kept in list(self._kept.values()) for one in kept]
 
     def release(self) -> None:
+        self.executor.synchronize()
         self._kept.clear()
         self.executor.release()
 
-    def _make(self, sampler: Sampler, size: int, conditional: bool) -> KeptLoop:
+    def _make(self, sampler: Sampler, size: int) -> KeptLoop:
         # Buffers made in inference mode could not be written outside it by a later run.
         with torch.inference_mode(False):
-            loop = Loop(sampler, size, conditional)
+            loop = Loop(sampler, size)
         began = time.perf_counter()
         try:
             return KeptLoop(loop, self.executor, self._steps_per_graph)
@@ -84,13 +83,13 @@ class Loops:
                 self.capture_seconds += time.perf_counter() - began
 
     @contextmanager
-    def borrowed(self, sampler: Sampler, size: int, conditional: bool) -> Iterator[KeptLoop]:
+    def borrowed(self, sampler: Sampler, size: int) -> Iterator[KeptLoop]:
         """Made if none is free, and kept for the next run."""
-        free = self._kept.setdefault((size, conditional), [])
+        free = self._kept.setdefault(size, [])
         try:
             one = free.pop()
         except IndexError:
-            one = self._make(sampler, size, conditional)
+            one = self._make(sampler, size)
         try:
             yield one
         finally:

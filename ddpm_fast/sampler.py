@@ -179,17 +179,15 @@ class Sampler:
         self.loops.release()
 
     @torch.no_grad()
-    def capture(self, batch_sizes: Iterable[int], classes: bool | None = None) -> None:
+    def capture(self, batch_sizes: Iterable[int]) -> None:
         """Make the buffers and captures of these batch sizes before they are needed.
 
         The largest is first, so that the others find room in its memory. From then on a run that
-        names no batch size takes the smallest of those kept that holds all its samples.
-        classes: whether those runs will give some; None: as the network has them.
+        names no batch size takes the smallest of these that holds all its samples.
         """
         sizes = {count("the batch size", size, 1, MAX_BATCH_SIZE) for size in batch_sizes}
-        conditional = self.num_classes is not None if classes is None else classes
         for size in sorted(sizes, reverse=True):
-            with self.loops.borrowed(self, size, conditional):
+            with self.loops.borrowed(self, size):
                 pass
         self._sizes = sorted(sizes)
 
@@ -265,9 +263,8 @@ class Sampler:
         if batch_size is None:
             batch_size = self.default_batch_size(indices)
         self.check(indices, seed, batch_size, classes, x_T, x_start)
-        conditional = self.labels(torch.zeros(1, dtype=torch.int64), classes) is not None
         wanted, first = iter(indices), 0
-        with self.loops.borrowed(self, batch_size, conditional) as lent:
+        with self.loops.borrowed(self, batch_size) as lent:
             loop = lent.loop
             while some := [*islice(wanted, batch_size)]:
                 for i in some:

@@ -120,7 +120,7 @@ def test_captures_are_kept_by_shape(class_model):
     sampler = make(class_model)
     executor = recorded(sampler)
     want = {size: sampler.sample(size, **RUN) for size in (1, 3, 2)}
-    sampler.sample(2)  # without a class; guidance is off, so the network is called likewise
+    sampler.sample(2)  # without a class, which is a label too
     before = executor.count("capture")
     for size in (2, 1, 3):
         assert torch.equal(sampler.sample(size, **RUN), want[size])
@@ -282,7 +282,7 @@ def test_a_step_does_no_host_work(class_model, settings):
 
     sampler.network = watched
     sampler.sample(2, **RUN)
-    with sampler.loops.borrowed(sampler, 2, True) as lent, torch.no_grad():
+    with sampler.loops.borrowed(sampler, 2) as lent, torch.no_grad():
         lent.loop.rewind()
         with guard:
             for _ in range(sampler.plan.num_steps):
@@ -302,7 +302,7 @@ def test_a_step_takes_no_memory_at_all():
         method="dpmpp_2m",
     )
     sampler.sample(4)
-    with sampler.loops.borrowed(sampler, 4, False) as lent, torch.no_grad():
+    with sampler.loops.borrowed(sampler, 4) as lent, torch.no_grad():
         lent.loop.rewind()
         with torch.profiler.profile(profile_memory=True) as profile:
             for _ in range(5):
