@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -51,11 +50,14 @@ class Executor:
         """A step that one launch repeats; None where the device cannot do that."""
         return None
 
-    def ordered(self) -> AbstractContextManager[None]:
-        """What is replayed inside comes after what the caller queued before, and before what he
-        queues afterwards.
+    def join(self) -> None:
+        """Put what the caller queues from now on after all that was replayed, and what is replayed
+        from now on after all that he has queued.
+
+        Whoever borrows a loop does so first and last: he may queue on another stream than the last.
         """
-        return nullcontext()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def copy_out(self, x: Tensor) -> Callable[[], Tensor]:
         """x as it is after the steps so far; the call waits for it, and returns it on the CPU."""
@@ -140,7 +142,8 @@ def take_steps(
             callback(done, copied())
 
     done = 0
-    with executor.ordered():
+    executor.join()
+    try:
         for stop in [*range(0, num_steps, every), num_steps] if callback else [num_steps]:
             advance(stop - done)
             done = stop
@@ -148,3 +151,5 @@ def take_steps(
                 pending.append((done, executor.copy_out(x)))
                 hand_over(executor.ahead)
         hand_over(0)
+    finally:  # also after a callback that failed
+        executor.join()

@@ -51,21 +51,18 @@ class CudaGraphs(Executor):
         with self._lock, torch.cuda.stream(self._stream):
             yield
 
-    @contextmanager
-    def ordered(self) -> Iterator[None]:
+    def join(self) -> None:
         caller = torch.cuda.current_stream(self.device)
         with self._lock:
             self._stream.wait_stream(caller)
-        try:
-            yield
-        finally:  # also then: the buffers may be freed, and their memory be the caller's next
-            with self._lock:
-                caller.wait_stream(self._stream)
+            caller.wait_stream(self._stream)
 
     def warm_up(self, step: Step, count: int) -> None:
-        with self.ordered(), self._queueing(), _no_autocast_cache():
+        self.join()
+        with self._queueing(), _no_autocast_cache():
             for _ in range(count):
                 step()
+        self.join()
 
     def capture(self, step: Step, count: int) -> Replay:
         graph = self._captured(step, count)
@@ -97,8 +94,9 @@ class CudaGraphs(Executor):
 
     def _captured(self, step: Step, count: int, **settings: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph(**settings)
+        self.join()
         # The outer context puts the stream back where the inner one, failing, does not.
-        with self.ordered(), self._queueing(), _one_capture, _no_autocast_cache():
+        with self._queueing(), _one_capture, _no_autocast_cache():
             try:
                 with torch.cuda.graph(
                     graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"

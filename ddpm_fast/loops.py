@@ -26,6 +26,11 @@ class KeptLoop:
         steps = loop.sampler.plan.num_steps
         self.stepper = Stepper(executor, loop.step, loop.rewind, steps, steps_per_graph)
 
+    def start(self, *state: object) -> None:
+        """As of `Loop`."""
+        self.executor.join()
+        self.loop.start(*state)
+
     def run(
         self, x: Tensor, callback: Callable[[int, Tensor], None] | None, callback_every: int
     ) -> None:
@@ -93,4 +98,5 @@ class Loops:
         try:
             yield one
         finally:
+            one.executor.join()
             free.append(one)

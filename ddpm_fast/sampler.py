@@ -265,7 +265,6 @@ class Sampler:
         self.check(indices, seed, batch_size, classes, x_T, x_start)
         wanted, first = iter(indices), 0
         with self.loops.borrowed(self, batch_size) as lent:
-            loop = lent.loop
             while some := [*islice(wanted, batch_size)]:
                 for i in some:
                     count("a sample's index", i, 0, LAST_INDEX)
@@ -275,11 +274,11 @@ class Sampler:
                 index = torch.tensor(some, dtype=torch.int64)[place]
                 given = [rows(x, index, first + place) for x in (x_T, x_start)]
                 check_first_state(self.plan, (batch_size, *self.sample_shape), *given)
-                loop.start(seed, index, self.labels(index, classes), *given)
-                see = callback and partial(callback, index[:kept])
-                lent.run(loop.x[:kept], see, callback_every)
+                lent.start(seed, index, self.labels(index, classes), *given)
+                x, see = lent.loop.x[:kept], callback and partial(callback, index[:kept])
+                lent.run(x, see, callback_every)
                 first += kept
-                yield index[:kept], loop.x[:kept].clone()
+                yield index[:kept], x.clone()
 
     def sample(self, num_samples: int, *, start: int = 0, **settings: object) -> Tensor:
         """x_0 of the samples start .. start + num_samples - 1, (N, C, *size) float32 on the CPU.
