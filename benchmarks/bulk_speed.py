@@ -132,7 +132,7 @@ def processes(folder: Path) -> dict:
     def run(size: int, i: int) -> float:
         out = folder / f"{size}-{i}"
         arguments = ["--model", "mnist", "--dtype", "auto", "--num-samples", n, "--steps", steps]
-        arguments += ["--batch-size", BATCH_SIZE, "--out", out]
+        arguments += ["--batch-size", BATCH_SIZE, "--out", out, "--threads", cores // size]
         if any(process.wait() for process in bulk_kills.start(size, *arguments)):
             raise RuntimeError(f"the run of {size} processes failed")
         return speed(out)
