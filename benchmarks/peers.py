@@ -6,7 +6,7 @@
 Needs the extra `peers`; OpenVINO is left out, and named, where it is not installed. Every engine
 has the same number of threads. Milliseconds (median and quartiles), seconds of preparation, errors
 against the float32 `UNet` and the share of a convolution's speed measured in the same run go to
-results/peers.json, peak memory to results/peers_memory.json.
+results/peers_MODEL.json, peak memory to results/peers_memory.json.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def main() -> None:
     p.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 16, 64])
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--name", default="peers", help="of the file in results/")
+    p.add_argument("--name", default="peers", help="of the files in results/")
     p.add_argument("--memory", action="store_true", help="measure peak memory, and nothing else")
     p.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -197,8 +197,8 @@ def main() -> None:
         print(results.write("peers_memory", {"batch_size": largest, "mib": figures}))
         return None
     settings = (args.engines, args.batch_sizes, args.rounds)
-    figures = {model: measure(model, *settings) for model in args.models}
-    print(results.write(args.name, figures))
+    for model in args.models:
+        print(results.write(f"{args.name}_{model}", measure(model, *settings)))
     return None
 
 

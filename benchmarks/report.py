@@ -42,40 +42,41 @@ def peer_diffusers() -> str:
     return "\n".join(lines) + "\n"
 
 
-def peers() -> str:
+TITLES = {"cifar10": "Ho et al.'s CIFAR-10 U-Net", "mnist": "The shipped digit model"}
+
+
+def peers(model: str) -> str:
     """Milliseconds of one evaluation, and of the others' how many times ours in bfloat16."""
-    document = _read("peers")
+    document = _read(f"peers_{model}")
     if document is None:
         return ""
     memory = _read("peers_memory")
-    tables = [f"One evaluation of the network, the same weights, one run: {_where(document)}."]
-    titles = {"cifar10": "Ho et al.'s CIFAR-10 U-Net", "mnist": "The shipped digit model"}
-    for model, figures in document["figures"].items():
-        batches, engines = figures["batches"], figures["engines"]
-        absent = "".join(f" {name} is not installed, so left out." for name in figures["absent"])
-        headings = [f"batch {b}" for b in batches]
-        lines = [
-            f"{titles[model]}, milliseconds (and how many times as long as ours in bfloat16; for "
-            f"ours, the share of the ceiling: a packed 3x3 convolution, 256 to 256 channels, "
-            f"16x16, batch 16).{absent}",
-            "",
-            f"| | {' | '.join(headings)} | to prepare, s | error | peak MiB |",
-            "|---" * (len(headings) + 4) + "|",
-        ]
-        for name, engine in engines.items():
-            cells = []
-            for row in batches.values():
-                own, base = row[name]["median"], row.get("ddpm_fast bfloat16", row[name])["median"]
-                beside = f"{own / base:.2f}x"
-                if name.startswith("ddpm_fast"):
-                    beside = f"{100 * row[name]['share']:.0f} %"
-                cells.append(f"{own:.1f} ({beside})")
-            peak = memory and memory["figures"]["mib"].get(model, {}).get(name)
-            cells += [f"{engine['prepared_seconds']:.1f}", f"{engine['error']:.1e}"]
-            cells.append(f"{peak:.0f}" if peak else "")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables) + "\n"
+    peaks = memory["figures"]["mib"].get(model, {}) if memory else {}
+    headings = [*(f"batch {b}" for b in document["figures"]["batches"]), "to prepare, s", "error"]
+    if peaks:
+        headings.append(f"peak MiB, batch {memory['figures']['batch_size']}")
+    batches, engines = document["figures"]["batches"], document["figures"]["engines"]
+    absent = "".join(f" Left out: {name}." for name in document["figures"]["absent"])
+    lines = [
+        f"{TITLES[model]}, one evaluation, the same weights, milliseconds: {_where(document)}. In "
+        f"brackets, how many times as long as ours in bfloat16; for ours, the share of the speed "
+        f"of one packed convolution (3x3, 256 to 256 channels, 16x16, batch 16).{absent}",
+        "",
+        f"| | {' | '.join(headings)} |",
+        "|---" * (len(headings) + 1) + "|",
+    ]
+    for name, engine in engines.items():
+        cells = []
+        for row in batches.values():
+            beside = f"{row[name]['median'] / row['ddpm_fast bfloat16']['median']:.2f}x"
+            if name.startswith("ddpm_fast"):
+                beside = f"{100 * row[name]['share']:.0f} %"
+            cells.append(f"{row[name]['median']:.1f} ({beside})")
+        cells += [f"{engine['prepared_seconds']:.1f}", f"{engine['error']:.1e}"]
+        if peaks:
+            cells.append(f"{peaks[name]:.0f}" if name in peaks else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def precision() -> str:
@@ -206,7 +207,7 @@ def main() -> None:
     tables = "\n".join(
         t
         for t in (
-            peers(),
+            *map(peers, TITLES),
             peer_diffusers(),
             precision(),
             sampling(),

@@ -146,4 +146,4 @@ def group_norm(
         h = h + per_channel(shift)
     h = F.group_norm(h, groups, eps=eps) * per_channel(weight) + per_channel(bias)
     h = (F.silu(h) if silu else h).to(x.dtype)
-    return h.contiguous(memory_format=torch.channels_last) if h.ndim == 4 else h
+    return h.contiguous(memory_format=torch.channels_last)

@@ -19,9 +19,11 @@ from .time_table import TimeTable
 from .unet import ResBlock, Stage, UNet, check_inputs
 from .workers import workers
 
-# Measured on two cores with 1 MiB of second-level cache each: below, each call's fixed cost shows;
-# above, what one layer writes is gone from the cache before the next reads it.
-SMALLEST_GROUP, LARGEST_GROUP_BYTES = 2, 4 * 2**20
+# How a batch is shared out, by the bytes of its first layer; measured on two cores with 1 MiB of
+# second-level cache each. Where a batch is small, cores wait for each other longer than they work;
+# where a group is large, what one layer writes leaves the cache before the next reads it.
+LARGEST_OF_ONE_CORE, LARGEST_GROUP = 2**17, 2**22
+FEWEST_IN_A_GROUP = 2
 MOST_WORKERS = 8  # beyond, they would wait for Python's lock
 
 
@@ -96,15 +98,18 @@ class FusedUNet(nn.Module):
         All groups of a batch have this size, so that a sample's bits do not depend on its place.
         """
         threads = torch.get_num_threads()
-        if not 1 < threads <= MOST_WORKERS:
-            return 0
         height, width = self._sizes()[0]
-        widest = self.config.base_channels * height * width * self.dtype.itemsize
-        for groups in range(threads, batch_size // SMALLEST_GROUP + 1, threads):
+        bytes_each = self.config.base_channels * height * width * self.dtype.itemsize
+        if threads == 1:
+            return 0
+        if batch_size * bytes_each <= LARGEST_OF_ONE_CORE:
+            return batch_size
+        if threads > MOST_WORKERS:
+            return 0
+        for groups in range(threads, batch_size // FEWEST_IN_A_GROUP + 1, threads):
             size = batch_size // groups
-            if batch_size % groups == 0 and (
-                size == SMALLEST_GROUP or size * widest <= LARGEST_GROUP_BYTES
-            ):
+            small = size == FEWEST_IN_A_GROUP or size * bytes_each <= LARGEST_GROUP
+            if batch_size % groups == 0 and small:
                 return size
         return 0
 

@@ -65,7 +65,8 @@ def _networks() -> list[tuple[str, str]]:
         left = unfused(network)
         layers = sum(hasattr(module, "is_fused") for module in network.modules())
         which = f" ({', '.join(left)})" if left else ""
-        lines.append((name, f"{layers} layers, {len(left)} of them unfused{which}, {dtype}"))
+        kind = str(dtype).removeprefix("torch.")
+        lines.append((name, f"{layers} layers, {len(left)} of them unfused{which}, {kind}"))
     return lines
 
 

@@ -188,10 +188,10 @@ def group_norm(
 ) -> Tensor:
     """GroupNorm (Wu and He 2018, arXiv:1803.08494) of x + shift, then SiLU if `silu`.
 
-    x: (N, C, ...), float32 or bfloat16, channels_last; with skip, likewise, its channels follow
+    x: (N, C, H, W), float32 or bfloat16, channels_last; with skip, likewise, its channels follow
     x's. shift, weight, bias: float32 (C,), (1, C) or (N, C), of all channels. Sums are float32.
-    Returns (N, C, ...) in x's dtype, channels_last. No gradients. On a CPU only; RuntimeError where
-    an argument is not so, and BackendError where `backend` is not available.
+    Returns (N, C, H, W) in x's dtype, channels_last. On a CPU only; no gradients. Raises
+    RuntimeError where an argument is not so, and BackendError where `backend` is not available.
     """
     if resolve_backend(x.device, backend)[0] != "cpu":
         return fallback.group_norm(x, skip, shift, weight, bias, groups, eps, silu)

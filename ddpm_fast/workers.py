@@ -19,12 +19,13 @@ def workers(threads: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)
         ready.wait()
 
+    before = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ddpm_fast")
     for _ in range(threads):
         pool.submit(begin)
     ready.wait()
     # torch keeps a count for each thread, and another for threads to come, which is mended here.
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
     return pool
 
 

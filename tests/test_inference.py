@@ -174,10 +174,18 @@ def test_the_table_forgets_the_oldest(tiny_config, monkeypatch):
     assert 0 < sum(v.numel() for v in kept) < 2500
 
 
+@pytest.fixture(params=["groups", "one core"])
+def two_threads(request, extension, monkeypatch):
+    """Two, and what they do with the tiny batches of a test: one takes all, or each a group."""
+    if request.param == "groups":
+        monkeypatch.setattr("ddpm_fast.inference.LARGEST_OF_ONE_CORE", 0)
+    torch.set_num_threads(2)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("n", [1, 4, 6, 8, 12])
-def test_a_batch_in_groups_is_the_batch(dtype, n, extension, tiny_config):
-    """On one core there are no groups; on two, four samples or more are cut in two."""
+@pytest.mark.parametrize("n", [1, 4, 6, 12])
+def test_a_batch_in_groups_is_the_batch(dtype, n, two_threads, tiny_config):
     unet = randomized(tiny_config(num_classes=3, null_class="row"))
     network = prepare(unet, CPU, dtype)
     arguments = inputs(unet.config, n)
@@ -185,27 +193,26 @@ def test_a_batch_in_groups_is_the_batch(dtype, n, extension, tiny_config):
     seen = []
     inner = network._run
     network._run = lambda x, rows: seen.append(len(x)) or inner(x, rows)
-    for threads, sizes in ((1, [n]), (2, [n // 2] * 2 if n >= 4 else [n])):
-        torch.set_num_threads(threads)
-        got = run(network, dtype, *arguments)
-        assert error(got, want) < 2 * BOUND[dtype]
-        assert sorted(seen) == sizes and torch.get_num_threads() == threads
-        seen.clear()
+    got = run(network, dtype, *arguments)
+    assert error(got, want) < 2 * BOUND[dtype]
+    assert seen == ([n // 2] * 2 if two_threads == "groups" and n > 1 else [n])
+    assert torch.get_num_threads() == 2
 
 
-def test_groups_are_no_larger_than_the_cache_likes(extension, tiny_config):
-    torch.set_num_threads(2)
+def test_how_batches_are_shared_out(extension, tiny_config):
     small, large = prepare(UNet(tiny_config()), CPU, BF16), prepare(UNet(CIFAR10), CPU, BF16)
-    assert [small._group_size(n) for n in (1, 3, 4, 7, 64, 1000)] == [0, 0, 2, 0, 32, 500]
-    assert [large._group_size(n) for n in (1, 16, 64, 100)] == [0, 8, 16, 10]
+    torch.set_num_threads(2)
+    assert [small._group_size(n) for n in (1, 7, 128, 129, 1000)] == [1, 7, 128, 0, 500]
+    assert [large._group_size(n) for n in (1, 2, 3, 4, 16, 64, 100)] == [0, 0, 0, 2, 8, 16, 10]
     torch.set_num_threads(9)
-    assert large._group_size(90) == 0
+    assert [small._group_size(7), large._group_size(90)] == [7, 0]
+    torch.set_num_threads(1)
+    assert [small._group_size(7), large._group_size(64)] == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("batch_size", [3, 4, 8])
-def test_a_sample_does_not_depend_on_its_place(dtype, batch_size, extension, class_model):
-    torch.set_num_threads(2)
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_a_sample_does_not_depend_on_its_place(dtype, batch_size, two_threads, class_model):
     sampler = Sampler.from_model(class_model, dtype=dtype, steps=10)
     assert isinstance(sampler.network, FusedUNet)
     settings = {"seed": 3, "batch_size": batch_size, "classes": [0, 1, 2]}
