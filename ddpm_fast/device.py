@@ -35,6 +35,13 @@ def resolve_device(name: str = "auto", local_rank: int | None = None) -> torch.d
     return device if device.type == "cuda" else torch.device("cpu")
 
 
+def with_index(device: torch.device) -> torch.device:
+    """A GPU by its number: "cuda" is the current one, which may change."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def device_name(device: torch.device) -> str:
     """The name of the GPU, or of the processor."""
     if device.type == "cuda":

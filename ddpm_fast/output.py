@@ -28,6 +28,11 @@ WRITTEN = re.compile(
 )
 
 
+def frame_stride(num_steps: int) -> int:
+    """The steps between two frames of the moving picture."""
+    return max(1, num_steps // GIF_FRAMES)
+
+
 class Output:
     """Samples are written beside the computation, what shows the whole run at its end.
 
@@ -199,9 +204,8 @@ class Output:
 
     def frame(self, index: Tensor, done: int, x: Tensor, num_steps: int) -> None:
         """Keep a frame of the moving picture: the first batch, evenly through its steps."""
-        stride = max(1, num_steps // GIF_FRAMES)
         wanted = self.gif and int(index[0]) == self.indices.start
-        if wanted and (done % stride == 0 or done == num_steps):
+        if wanted and (done % frame_stride(num_steps) == 0 or done == num_steps):
             self._frames[done] = images.grid(images.to_uint8(x))
 
     def finish(self, labels: np.ndarray | None, run: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ class Progress:
     def __init__(self, world: World, total: int, missing: int, num_steps: int, quiet: bool) -> None:
         self._world, self._num_steps = world, num_steps
         self._there, self._steps, self._looked = total - missing, 0, 0.0
+        self._done = 0  # steps of the batch in hand
         self._bar = tqdm(
             total=total,
             initial=total - missing,
@@ -39,7 +40,8 @@ class Progress:
 
     def callback(self, index: Tensor, done: int, x: Tensor) -> None:
         """Of `Sampler.batches`."""
-        self._steps += len(index) if done else 0
+        self._steps += len(index) * (done - self._done if done else 0)
+        self._done = done
         if time.monotonic() >= self._looked + SECONDS:
             self.look()
 

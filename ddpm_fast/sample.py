@@ -24,15 +24,17 @@ from .data import Dataset, load_dataset
 from .device import DTYPES, resolve_device, resolve_dtype
 from .distributed import World
 from .methods import METHODS
-from .output import Output
+from .output import Output, frame_stride
 from .progress import Progress
 from .record import make_record
-from .sampler import Sampler, sample_range
+from .sampler import STEPS_PER_GRAPH, Sampler, sample_range
 from .spacing import SPACINGS
+
+GRAPHS = {"on": True, "off": False, "auto": "auto"}
 
 
 def _steps(text: str) -> int | str:
-    """A number, or OpenAI's sections ("10,15,20") or stride ("ddim50")."""
+    """A number, or what has a name, as OpenAI's sections ("10,15,20") or stride ("ddim50")."""
     try:
         return int(text)
     except ValueError:
@@ -70,7 +72,15 @@ def parser() -> argparse.ArgumentParser:
         "--variance", choices=("fixed_small", "fixed_large"), help="default: the model's"
     )
     p.add_argument("--no-clip", action="store_true", help="let pred_xstart leave [-1, 1]")
-    p.add_argument("--graphs", action="store_true", help="capture the step in a CUDA graph")
+    p.add_argument(
+        "--graphs",
+        nargs="?",
+        choices=GRAPHS,
+        const="on",
+        default="off",
+        help="capture the step in a CUDA graph; auto: where that can be done",
+    )
+    p.add_argument("--steps-per-graph", type=_steps, default=STEPS_PER_GRAPH, help='or "all"')
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")
     p.add_argument("--threads", type=int, help="of a process; default: the cores, shared out")
     p.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network")
@@ -141,7 +151,8 @@ def make_sampler(args: argparse.Namespace, model: Model, device: torch.device) -
         clip_denoised=False if args.no_clip else None,
         guidance_scale=args.guidance,
         backend=args.backend,
-        graphs=args.graphs,
+        graphs=GRAPHS[args.graphs],
+        steps_per_graph=args.steps_per_graph,
         fused=args.fused,
     )
 
@@ -198,7 +209,9 @@ def draw(
 
     with Progress(world, len(output.indices), len(missing), num_steps, quiet) as progress:
         claims = world.claims(missing, settings["batch_size"])
-        for index, x in sampler.batches(claims, **settings, callback=callback):
+        every = 1 if sampler.device.type == "cpu" else frame_stride(num_steps)
+        seen = {"callback": callback, "callback_every": every}
+        for index, x in sampler.batches(claims, **settings, **seen):
             output.add(index, x)
         output.drain()
         progress.look()
@@ -218,10 +231,8 @@ def run_samples(
 ) -> None:
     """Draw what is missing, and finish the folder."""
     say = (lambda text: None) if args.quiet or not world.leads else print
-    if args.graphs and not sampler.graphs:
-        on_cpu = sampler.device.type == "cpu"
-        why = "nothing to capture on a CPU" if on_cpu else sampler.backend_reason
-        say(f"--graphs: {why}; sampling step by step")
+    if GRAPHS[args.graphs] and not sampler.graphs:
+        say(f"--graphs: {sampler.graphs_obstacle}; sampling step by step")
     missing = missing_samples(output, world, run, args.overwrite, say)
     n, classes = len(missing), settings["classes"]
     if 0 < n <= settings["batch_size"] * (world.size - 1):
@@ -243,6 +254,9 @@ def run_samples(
         indices = torch.arange(output.indices.start, output.indices.stop)
         labels = None if classes is None else sampler.labels(indices, classes).numpy()
         shown = output.finish(labels, run)
+    if sampler.graphs:
+        held = sampler.memory_held / 2**20
+        say(f"captured, {', '.join(sampler.loops.forms)}: {held:.0f} MiB held on {sampler.device}")
     done = f"{n} samples in {seconds:.1f} s ({n / seconds:.2f} images/s)"
     say(f"{done if n else 'all samples were there'}: {shown}")
 

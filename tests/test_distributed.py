@@ -134,8 +134,7 @@ def test_one_bar_shows_what_all_have_done_and_what_was_there(worlds, capsys):
     assert capsys.readouterr().err == ""  # the leader alone has a bar
     with Progress(both[0], 100, 40, 5, quiet=False) as progress:
         progress.callback(index[:2], 0, index)
-        progress.callback(index[:2], 1, index)
-        progress.callback(index[:2], 2, index)
+        progress.callback(index[:2], 2, index)  # not every step is told
         progress.callback(index[:2], 3, index)
         progress.look()
     last = capsys.readouterr().err.split("\r")[-1]
