@@ -4,10 +4,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/*.cpp tests/*.h)
 
-.PHONY: sample test test-gpu bench bench-gpu lint format info clean
+GPU_TESTS := $(patsubst %,tests/test_%.py,cuda captured_loop graphs loops backend)
+
+.PHONY: sample test test-gpu bench bench-gpu in-place lint format info clean
 
 sample: $(VENV)/built
-	$(PY) -m ddpm_fast.sample --graphs
+	$(PY) -m ddpm_fast.sample --graphs auto
 
 test: $(VENV)/built
 	$(PY) -m pytest
@@ -15,10 +17,16 @@ test: $(VENV)/built
 bench: $(VENV)/built
 	$(PY) -m pytest benchmarks --benchmark-only
 
-# These use $(PYTHON) with the torch it has, and install nothing.
-test-gpu bench-gpu:
+# These use $(PYTHON) with the torch it has, and install nothing; each leaves a JSON file in
+# benchmarks/results/.
+test-gpu: in-place
+	$(PYTHON) -m pytest $(GPU_TESTS) --json benchmarks/results/test_gpu.json
+
+bench-gpu: in-place
+	PYTHONPATH=. $(PYTHON) benchmarks/bench_captured.py
+
+in-place:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest $(if $(filter test-gpu,$@),tests,benchmarks --benchmark-only)
 
 lint: $(VENV)/built
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ddpm_fast.checkpoint import load_model
 from ddpm_fast.data import read_idx
@@ -107,7 +108,14 @@ def draw(args: argparse.Namespace, count: int, seed: int, classes: list[int] | N
     sampler = Sampler.from_model(
         load_model(args.model, device), steps=args.steps, dtype=resolve_dtype("auto", device)
     )
-    x = sampler.sample(count, seed=seed, classes=classes, batch_size=50, progress=True)
+    with tqdm(total=-(-count // 50) * (sampler.plan.num_steps + 1), unit="step") as bar:
+        x = sampler.sample(
+            count,
+            seed=seed,
+            classes=classes,
+            batch_size=50,
+            callback=lambda index, done, x: bar.update(),
+        )
     return scaled(to_uint8(x)[..., 0])
 
 

@@ -23,36 +23,17 @@ from collections.abc import Callable
 import results
 import torch
 from diffusers_peer import to_diffusers
+from networks import MODELS, TIMESTEPS, flop_of, inputs
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_fast.checkpoint import Model, load_model
+from ddpm_fast.checkpoint import Model
 from ddpm_fast.fused import Conv
 from ddpm_fast.inference import prepare
-from ddpm_fast.schedule import NoiseSchedule
-from ddpm_fast.unet import UNet
-from ddpm_fast.unet_config import UNetConfig
 
 CPU = torch.device("cpu")
-TIMESTEPS = [0, 1, 10, 100, 500, 999]
 LAST = torch.channels_last
 TURN = 0.1  # seconds; a first call after another engine's finds the caches cold
 Engine = Callable[[Tensor, Tensor], Callable[[], Tensor]]  # (x, t) -> one evaluation
-
-
-def cifar10() -> Model:
-    """Ho et al.'s network, with weights that keep the spread of what passes through."""
-    torch.manual_seed(0)
-    unet = UNet(UNetConfig()).eval().requires_grad_(False)
-    for name, p in unet.named_parameters():
-        if p.ndim > 1:
-            p.normal_(0, p[0].numel() ** -0.5)
-        else:
-            p.normal_(float("norm" in name and name.endswith("weight")), 0.3)
-    return Model(unet, NoiseSchedule.linear(1000, 1e-4, 0.02))
-
-
-MODELS = {"cifar10": cifar10, "mnist": lambda: load_model("mnist")}
 
 
 def _diffusers(model: Model, dtype: torch.dtype, order: torch.memory_format) -> Engine:
@@ -114,11 +95,6 @@ ENGINES: dict[str, Callable[[Model], Engine]] = {
 }
 
 
-def inputs(model: Model, n: int) -> tuple[Tensor, Tensor]:
-    x = torch.randn(n, *model.config.sample_shape, generator=torch.Generator().manual_seed(1))
-    return x, torch.tensor([TIMESTEPS[i % len(TIMESTEPS)] for i in range(n)])
-
-
 def ceiling(dtype: torch.dtype) -> Callable[[], Tensor]:
     """A convolution of 3x3, 256 to 256 channels, 16x16, a batch of 16, of packed weights."""
     x = torch.randn(16, 256, 16, 16).to(dtype).contiguous(memory_format=LAST)
@@ -127,14 +103,6 @@ def ceiling(dtype: torch.dtype) -> Callable[[], Tensor]:
 
 
 CEILING_FLOP = 2 * 16 * 256 * 256 * 9 * 256
-
-
-def flop_of(model: Model) -> int:
-    """Of one image's convolutions and linear layers, as the trained network has them."""
-    with FlopCounterMode(display=False) as counter:
-        model.unet(*inputs(model, 1))
-    counted = counter.get_flop_counts()["Global"]
-    return counted[torch.ops.aten.convolution] + counted[torch.ops.aten.addmm]
 
 
 def seconds(call: Callable[[], Tensor], repeats: int) -> float:

@@ -17,7 +17,8 @@ from typing import Any
 
 import results
 import torch
-from peers import CEILING_FLOP, MODELS, ceiling, inputs
+from networks import MODELS, inputs
+from peers import CEILING_FLOP, ceiling
 from torch import Tensor, nn
 
 from ddpm_fast.device import resolve_dtype

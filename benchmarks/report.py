@@ -110,6 +110,36 @@ def sampling() -> str:
     return "\n".join(lines) + "\n"
 
 
+def captured() -> str:
+    """One line a network, batch and engine; the ratio is to diffusers' eager bfloat16 loop."""
+    document = _read("captured")
+    if document is None:
+        return ""
+    figures = document["figures"]
+    lines = [
+        f"Sampling loops on a GPU, whose bfloat16 matrix product reaches "
+        f"{figures['peak_tflops']:.0f} TFLOP/s: {_where(document)}.",
+        "",
+        "| network | batch | loop | ms a step | against diffusers bfloat16 | images/s, 1000 steps "
+        "| launches a step | GPU idle | share of peak | prepared in s | peak MiB |",
+        "|---" * 11 + "|",
+    ]
+    for network, batches in figures["models"].items():
+        for batch, loops in sorted(batches.items(), key=lambda item: int(item[0])):
+            peer = loops.get("diffusers bfloat16", {}).get("ms_per_step")
+            for name, row in loops.items():
+                ratio = f"{peer / row['ms_per_step']:.2f}x" if peer else ""
+                lines.append(
+                    f"| {network} | {batch} | {name} | {row['ms_per_step']:.3f} | {ratio} "
+                    f"| {row['images_per_second_1000']:.2f} | {row['launches']:.0f} "
+                    f"| {100 * row['idle']:.0f} % | {100 * row['share_of_peak']:.1f} % "
+                    f"| {row['prepared_seconds']:.1f} | {row['peak_mib']:.0f} |"
+                )
+    left_out = [f"{what} ({why})" for what, why in figures["left_out"].items()]
+    missing = f"\nLeft out: {'; '.join(left_out)}.\n" if left_out else ""
+    return "\n".join(lines) + "\n" + missing
+
+
 def ops() -> str:
     """One line a case: the first backend measured, then each of what it was measured beside."""
     document = _read("ops")
@@ -181,6 +211,7 @@ def main() -> None:
             peer_diffusers(),
             precision(),
             sampling(),
+            captured(),
             ops(),
             batch_sizes(),
             fresh_machine(),

@@ -11,7 +11,8 @@ namespace py = pybind11;
 
 namespace ddpm_fast {
 
-void bind_numpy(py::module_& m);  // numpy_ops.cpp
+void bind_numpy(py::module_& m);       // numpy_ops.cpp
+void bind_while_loop(py::module_& m);  // while_loop_bindings.cpp
 
 namespace {
 
@@ -51,4 +52,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("_set_cpu_level", &set_cpu_level, py::arg("name"),
         "Use this level from now on (for tests); RuntimeError if it is not available.");
   bind_numpy(m);
+  bind_while_loop(m);
 }

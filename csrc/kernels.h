@@ -112,4 +112,13 @@ int cuda_q_sample(const QSampleArgs& args, void* stream);
 int cuda_step(const StepArgs& args, void* stream);
 const char* cuda_error_string(int code);
 
+// A captured step (a cudaGraph_t, which is copied) that one launch repeats `*remaining` times, at
+// least once; `remaining` lies on the device that is current when the loop is made. Likewise
+// cudaError_t; cudaErrorNotSupported where the runtime is older than CUDA 12.4.
+struct WhileLoop;
+bool cuda_has_while_loops();  // whether runtime and driver have them
+int cuda_while_loop(void* step, int64_t* remaining, WhileLoop** loop);
+int cuda_launch(const WhileLoop* loop, void* stream);
+void cuda_destroy(WhileLoop* loop);
+
 }  // namespace ddpm_fast

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 def shown(value: Any) -> str:
@@ -44,3 +47,15 @@ def real(name: str, value: Any, low: float = -np.inf, high: float = np.inf) -> f
         return float(value)
     wanted = "a finite number" if low == -np.inf else f"a number between {low} and {high}"
     raise ValueError(f"{name} must be {wanted}, but {shown(value)} was given.")
+
+
+def from_fields(cls: type[T], values: Any) -> T:
+    """A dataclass from a dict of some of its fields, else ValueError."""
+    if not isinstance(values, dict):
+        raise ValueError(f"a U-Net's config must be a dict, but it is {shown(values)}.")
+    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        raise ValueError(
+            f"unknown U-Net fields {shown(unknown)}; this file needs a newer ddpm_fast"
+        )
+    return cls(**values)

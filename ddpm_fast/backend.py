@@ -126,7 +126,6 @@ def _resolve(device_type: str, requested: str) -> tuple[str, str]:
     return requested, f"{source}: {reason}"
 
 
-@torch.compiler.assume_constant_result
 def resolve_backend(device: torch.device | str, requested: str = "auto") -> tuple[str, str]:
     """(name, reason) of the backend for tensors on `device`.
 
@@ -134,3 +133,8 @@ def resolve_backend(device: torch.device | str, requested: str = "auto") -> tupl
     for, here or in DDPM_FAST_BACKEND, is not available. Answers are kept for the process.
     """
     return _resolve(torch.device(device).type, requested)
+
+
+# What torch.compiler.assume_constant_result does, without its import of all of torch._dynamo, which
+# would be half of every command's start.
+resolve_backend._dynamo_marked_constant = True

@@ -10,10 +10,15 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def resolve_device(name: str = "auto") -> torch.device:
-    """The device called `name`: "auto", "cpu", "cuda" or "cuda:i"; ValueError if it is absent."""
+def resolve_device(name: str = "auto", local_rank: int | None = None) -> torch.device:
+    """The device called `name`: "auto", "cpu", "cuda" or "cuda:i"; ValueError if it is absent.
+
+    local_rank: of one process of several on this machine, which share out its GPUs.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None and torch.cuda.is_available():
+        name = f"cuda:{local_rank % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -28,6 +33,13 @@ def resolve_device(name: str = "auto") -> torch.device:
                 f"{found} CUDA devices: use --device cpu, or install a CUDA build of torch"
             )
     return device if device.type == "cuda" else torch.device("cpu")
+
+
+def with_index(device: torch.device) -> torch.device:
+    """A GPU by its number: "cuda" is the current one, which may change."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def device_name(device: torch.device) -> str:

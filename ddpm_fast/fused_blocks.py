@@ -106,7 +106,9 @@ class FusedAttention(nn.Module):
 
     def __init__(self, attention: Attention, dtype: torch.dtype, size: Size) -> None:
         super().__init__()
-        self.norm, self.heads = Norm(attention.norm, silu=False), attention.heads
+        normalised = isinstance(attention.norm, nn.GroupNorm)
+        self.norm = Norm(attention.norm, silu=False) if normalised else nn.Identity()
+        self.heads = attention.heads
         self.is_fused = self.heads == 1
         weight, bias = as_image(attention.qkv.weight), attention.qkv.bias.detach().float()
         out, out_bias = as_image(attention.proj.weight), attention.proj.bias.detach().float()

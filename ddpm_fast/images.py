@@ -1,17 +1,17 @@
-"""From x_0 in [-1, 1] to files: PNG, grid, moving GIF, npz. Each is written whole or not at all."""
+"""From x_0 in [-1, 1] to files: PNG, grid, moving GIF, npz."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-from .files import replacing
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -33,8 +33,7 @@ def _image(array: np.ndarray) -> Image.Image:
 
 def write_png(path: Path, array: np.ndarray) -> None:
     """One picture, uint8 (H, W, C)."""
-    with replacing(path) as partial:
-        _image(array).save(partial, format="PNG")
+    _image(array).save(path, format="PNG")
 
 
 def grid(images: np.ndarray, gap: int = 2) -> np.ndarray:
@@ -60,19 +59,37 @@ def write_gif(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 80) 
     """Pictures (H, W, C) uint8 one after the other; the last stays for two seconds."""
     pictures = [_image(frame) for frame in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [2000]
-    with replacing(path) as partial:
-        pictures[0].save(
-            partial, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0
-        )
+    pictures[0].save(
+        path, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0
+    )
 
 
-def write_npz(folder: Path, samples: np.ndarray, labels: np.ndarray | None) -> Path:
-    """`samples_AxBx....npz` with arr_0, and labels as arr_1: the layout of the field's evaluators.
+def read_png(data: bytes) -> np.ndarray:
+    """The picture in the bytes of a file, uint8 (H, W, C)."""
+    with Image.open(io.BytesIO(data)) as image:
+        array = np.asarray(image)
+    return array.reshape(*array.shape[:2], -1)
 
-    Images are uint8 (N, H, W, C); series and volumes float32 (N, C, *size), as training reads them.
+
+def write_npz(
+    path: Path,
+    shape: Sequence[int],
+    dtype: type,
+    samples: Iterable[np.ndarray],
+    labels: np.ndarray | None,
+) -> None:
+    """An npz with arr_0, and labels as arr_1: the layout that the field's evaluators read.
+
+    shape, dtype: (N, H, W, C) of uint8 images, or (N, C, *size) of float32 series and volumes, as
+    training reads them. samples: the N of them, of which only one need be in memory at a time.
     """
-    arrays = [samples] if labels is None else [samples, labels]
-    path = folder / f"samples_{'x'.join(map(str, samples.shape))}.npz"
-    with replacing(path) as partial:
-        np.savez(partial, *arrays)
-    return path
+    with zipfile.ZipFile(path, "w") as file:
+        with file.open("arr_0.npy", "w", force_zip64=True) as entry:
+            descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+            header = {"descr": descr, "fortran_order": False, "shape": tuple(shape)}
+            np.lib.format.write_array_header_1_0(entry, header)
+            for sample in samples:
+                entry.write(sample.tobytes())
+        if labels is not None:
+            with file.open("arr_1.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, labels)

@@ -11,10 +11,12 @@ from importlib import metadata
 
 import torch
 
-from . import backend, noise
+from . import backend, graphs, noise
 from .checkpoint import SHIPPED, load_model
 from .device import resolve_dtype
+from .executor import WHOLE
 from .inference import FusedUNet, unfused
+from .sampler import STEPS_PER_GRAPH
 from .unet import UNet
 from .unet_config import UNetConfig
 
@@ -89,6 +91,7 @@ def report() -> list[tuple[str, str]]:
             ("CUDA kernels", _cuda_kernels(config)),
         ]
     lines.append(("Triton kernels", _triton_kernels()))
+    lines.append(("captured loop", _captured_loop()))
     lines.append(("backend on cpu", _choice("cpu")))
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -110,6 +113,14 @@ def _cuda_kernels(config: dict[str, object]) -> str:
 
 def _triton_kernels() -> str:
     return _with_caution(backend.triton_obstacle() or "compiled at the first call", "triton")
+
+
+def _captured_loop() -> str:
+    obstacle = graphs.while_loop_obstacle()
+    if not torch.cuda.is_available():
+        obstacle = "torch sees no CUDA device"
+    whole = f"not: {obstacle}" if obstacle else f"asked for by steps_per_graph={WHOLE!r}"
+    return f"{STEPS_PER_GRAPH} step a launch; the whole loop as one launch: {whole}"
 
 
 def _with_caution(state: str, name: str) -> str:

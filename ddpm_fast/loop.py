@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,12 @@ from .plan import Plan
 if TYPE_CHECKING:
     from .sampler import Sampler
 
+BAD_ROW = 1  # of the status word; csrc/kernels.h
+
+# What a run starts from: all of its samples' (N, C, *size), or a function from some of their
+# indices (B,) to these samples' (B, C, *size).
+FirstState = Tensor | Callable[[Tensor], Tensor]
+
 
 class Loop:
     """The buffers of one batch, and the step that advances them; nothing in it waits on the host.
@@ -22,18 +28,20 @@ class Loop:
     `step` is what is captured: the network and the update, with the row counter on the device.
     """
 
-    def __init__(self, sampler: Sampler, batch_size: int, conditional: bool) -> None:
+    def __init__(self, sampler: Sampler, batch_size: int) -> None:
         device, self.sampler, self.batch_size = sampler.device, sampler, batch_size
+        copies = 2 if sampler.guided else 1  # of each sample, in what the network is given
         self.x = torch.zeros(batch_size, *sampler.sample_shape, device=device)
-        self.row = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.rows = torch.zeros(copies * batch_size, dtype=torch.int64, device=device)
+        self.row = self.rows[:batch_size]
+        self.t = torch.zeros_like(self.rows)
         self.seed = torch.zeros_like(self.row)
         self.index = torch.zeros_like(self.row)
         self.status = torch.zeros(4, dtype=torch.int32, device=device)
         # Written by each step for the next; no plan's first step reads it.
         self.previous_pred_xstart = torch.zeros_like(self.x) if sampler.plan.multistep else None
         self.guidance = torch.ones(1, device=device) if sampler.guided else None
-        copies = 2 if sampler.guided else 1
-        self.labels = torch.zeros(copies * batch_size, dtype=torch.int64, device=device)
+        self.labels = torch.zeros_like(self.rows)
         # What the network is given: the step leaves its result here too, in the network's dtype.
         order = memory_format(device, sampler.dtype, self.x.ndim)
         self.input = torch.empty(
@@ -43,7 +51,18 @@ class Loop:
             device=device,
             memory_format=order,
         )
-        self.conditions = {"class_labels": self.labels} if conditional else {}
+        self.conditions = {} if sampler.num_classes is None else {"class_labels": self.labels}
+
+    @property
+    def nbytes(self) -> int:
+        """Of all buffers."""
+        tensors = [v for v in vars(self).values() if isinstance(v, Tensor) and v is not self.row]
+        return sum(v.untyped_storage().nbytes() for v in tensors)
+
+    def rewind(self) -> None:
+        """Back to the first row, with nothing to report."""
+        self.rows.zero_()
+        self.status.zero_()
 
     def start(
         self,
@@ -59,8 +78,7 @@ class Loop:
         sampler = self.sampler
         self.seed.fill_(_as_int64(seed))
         self.index.copy_(index)
-        self.row.zero_()
-        self.status.zero_()
+        self.rewind()
         if labels is not None:
             self.labels[: self.batch_size].copy_(labels)
         if self.guidance is not None:
@@ -88,11 +106,10 @@ class Loop:
         return ops.q_sample(*arguments, noise=drawn, backend=backend)[0]
 
     def step(self) -> None:
-        """One row of the plan for the whole batch."""
+        """One row of the plan for the whole batch; it allocates nothing, but for the network."""
         sampler = self.sampler
-        t = sampler.timesteps.index_select(0, self.row)
-        t = t if self.guidance is None else torch.cat((t, t))
-        output = sampler.network(self.input, t, **self.conditions)
+        torch.index_select(sampler.timesteps, 0, self.rows, out=self.t)
+        output = sampler.network(self.input, self.t, **self.conditions)
         if output.untyped_storage().data_ptr() == self.input.untyped_storage().data_ptr():
             output = output.clone()  # its input, or a view of it: the step writes there
         ops.p_sample_step_(
@@ -109,13 +126,39 @@ class Loop:
             next_input=self.input,
             backend=sampler.backend,
         )
-        self.row.add_(1)
+        self.rows.add_(1)
+
+    def check_result(self) -> None:
+        """RuntimeError for what the steps reported: one look, after the run, that waits for it."""
+        code, row, position, _ = self.status.tolist()
+        steps = self.sampler.plan.num_steps
+        if code == BAD_ROW:
+            raise RuntimeError(f"the step was given row {row} of {steps}: a defect")
+        if code:
+            raise RuntimeError(
+                f"sample {int(self.index[position])} has a value that is not finite after step "
+                f"{row + 1} of {steps}: the network's weights are broken, or it overflows in "
+                f"{str(self.sampler.dtype).removeprefix('torch.')} (try float32)"
+            )
+
+
+def rows(given: FirstState | None, index: Tensor, place: Tensor) -> Tensor | None:
+    """Of a first state that was given, what belongs to a batch.
+
+    index: its samples' (B,); place: their places (B,) in the order in which they were asked for.
+    """
+    if given is None:
+        return None
+    return given(index) if callable(given) else given[place.to(given.device)]
 
 
 def check_first_state(
-    plan: Plan, shape: Sequence[int], x_T: Tensor | None, x_start: Tensor | None
+    plan: Plan, shape: Sequence[int | None], x_T: FirstState | None, x_start: FirstState | None
 ) -> None:
-    """Raise ValueError where the plan starts from another thing, or it is not of `shape`."""
+    """Raise ValueError where the plan starts from another thing, or it is not of `shape`.
+
+    A function of the indices is not called; what it returned is to be checked when it was.
+    """
     if plan.start is not None and (x_start is None or x_T is not None):
         how = f"method {plan.method}" if plan.strength is None else f"strength {plan.strength}"
         raise ValueError(f"{how} starts from x_start: give it, and no x_T")
@@ -125,8 +168,10 @@ def check_first_state(
             "(1 is all steps), or with method ddim_inverse"
         )
     name, x = ("x_T", x_T) if x_start is None else ("x_start", x_start)
-    if x is None:
+    if x is None or callable(x):
         return
+    if shape[0] is None:
+        raise ValueError(f"{name} as a tensor wants a known number of indices: give a function")
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape != tuple(shape):
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} must be a floating-point tensor of shape {shape}, got {got}")

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import argparse
-import platform
+import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import DistError
 
-from . import __version__, cli, noise
+from . import cli
+from .arguments import count
 from .backend import NAMES
 from .checkpoint import Model, load_model
 from .data import Dataset, load_dataset
-from .device import DTYPES, device_name, resolve_device, resolve_dtype
-from .inference import FusedUNet
+from .device import DTYPES, resolve_device, resolve_dtype
+from .distributed import World
 from .methods import METHODS
-from .output import Output
-from .sampler import Sampler
+from .output import Output, frame_stride
+from .progress import Progress
+from .record import make_record
+from .sampler import STEPS_PER_GRAPH, Sampler, sample_range
 from .spacing import SPACINGS
+
+GRAPHS = {"on": True, "off": False, "auto": "auto"}
 
 
 def _steps(text: str) -> int | str:
-    """A number, or OpenAI's sections ("10,15,20") or stride ("ddim50")."""
+    """A number, or what has a name, as OpenAI's sections ("10,15,20") or stride ("ddim50")."""
     try:
         return int(text)
     except ValueError:
@@ -62,8 +72,17 @@ def parser() -> argparse.ArgumentParser:
         "--variance", choices=("fixed_small", "fixed_large"), help="default: the model's"
     )
     p.add_argument("--no-clip", action="store_true", help="let pred_xstart leave [-1, 1]")
-    p.add_argument("--graphs", action="store_true", help="capture the step in a CUDA graph")
+    p.add_argument(
+        "--graphs",
+        nargs="?",
+        choices=GRAPHS,
+        const="on",
+        default="off",
+        help="capture the step in a CUDA graph; auto: where that can be done",
+    )
+    p.add_argument("--steps-per-graph", type=_steps, default=STEPS_PER_GRAPH, help='or "all"')
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")
+    p.add_argument("--threads", type=int, help="of a process; default: the cores, shared out")
     p.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network")
     p.add_argument("--backend", choices=NAMES, default="auto", help="of the fused step")
     p.add_argument(
@@ -72,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help="on a CPU: the network's layers packed and fused, or as they were trained",
     )
-    p.add_argument("--out", default="samples", help="folder for the results")
+    p.add_argument("--out", default="samples", help="folder for the results, or an fsspec URL")
     p.add_argument("--overwrite", action="store_true", help="replace another run in --out")
     p.add_argument("--npz", action="store_true", help="also one samples_NxHxWxC.npz")
     p.add_argument("--gif", action="store_true", help="also the denoising as a moving picture")
@@ -96,61 +115,31 @@ def parse_classes(text: str | None, num_classes: int | None) -> list[int] | None
         ) from None
 
 
-def first_images(data: Dataset, start: int, num_samples: int) -> Tensor:
-    """x_start of the samples from start on: image i modulo their number for sample i."""
-    indices = torch.tensor([(start + i) % len(data) for i in range(num_samples)], dtype=torch.int64)
-    return data.batch(indices)[0]
+def first_images(data: Dataset, index: Tensor) -> Tensor:
+    """x_start of the samples `index` (B,): image i modulo their number for sample i."""
+    return data.batch(index % len(data))[0]
 
 
-def record(
-    args: argparse.Namespace,
-    model: Model,
-    sampler: Sampler,
-    classes: list[int] | None,
-    init: Dataset | None,
-) -> dict:
-    """run.json: what decides the pictures, and what can change a last bit of them."""
-    decides = {
-        "model_sha256": model.sha256,
-        "schedule": model.schedule.config(),
-        **sampler.plan.describe(),
-        "init": None if init is None else init.checksums,
-        "classes": classes,
-        "guidance": args.guidance,
-        "seed": args.seed,
-        "noise_contract": noise.VERSION,
-        "dtype": str(sampler.dtype).removeprefix("torch."),
-    }
-    environment = {
-        "batch_size": args.batch_size,
-        "backend": sampler.backend,
-        "backend_reason": sampler.backend_reason,
-        "graphs": sampler.graphs,
-        "fused_network": isinstance(sampler.network, FusedUNet),
-        "device": str(sampler.device),
-        "device_name": device_name(sampler.device),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "ddpm_fast": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    samples = {"model": model.name, "start": args.start, "num_samples": args.num_samples}
-    return {"decides": decides, "samples": samples, "environment": environment}
+def set_threads(threads: int | None, world: World) -> None:
+    """Share the cores among the processes of this machine.
+
+    torchrun would have each use one, and says so in the variable that can also be the user's.
+    """
+    alone = world.local_size == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1"
+    if threads is None and not alone:
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        else:
+            cores = os.cpu_count() or 1
+        threads = max(1, cores // world.local_size)
+    if threads is not None:
+        torch.set_num_threads(count("--threads", threads, 1, 1 << 16))
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    if (args.init is None) != (args.strength is None):
-        raise ValueError("--init and --strength belong together: give both, or neither")
-    device = resolve_device(args.device)
-    dtype = resolve_dtype(args.dtype, device)
-    model = load_model(args.model, device)
-    sampler = Sampler.from_model(
+def make_sampler(args: argparse.Namespace, model: Model, device: torch.device) -> Sampler:
+    return Sampler.from_model(
         model,
-        dtype=dtype,
+        dtype=resolve_dtype(args.dtype, device),
         method=args.method,
         steps=args.steps,
         spacing=args.spacing,
@@ -159,54 +148,152 @@ def main(argv: list[str] | None = None) -> int:
         eta=args.eta,
         use_clipped_model_output=args.use_clipped_model_output,
         variance_type=args.variance,
-        clip_denoised=not args.no_clip,
+        clip_denoised=False if args.no_clip else None,
         guidance_scale=args.guidance,
         backend=args.backend,
-        graphs=args.graphs,
+        graphs=GRAPHS[args.graphs],
+        steps_per_graph=args.steps_per_graph,
         fused=args.fused,
     )
-    classes = parse_classes(args.classes, sampler.num_classes)
-    if args.batch_size is None:
-        args.batch_size = sampler.default_batch_size(args.num_samples)
+
+
+@contextmanager
+def telling(output: Output, world: World) -> Iterator[None]:
+    """Let what ends the run say how much of it is there; of a signal, the leader alone tells."""
+    try:
+        yield
+    except cli.Stopped as stop:
+        output.stop()
+        message = f"stopped: {output.standing()}" if world.leads else ""
+        raise cli.Stopped(stop.number, message) from None
+    except OSError as error:
+        output.stop()
+        raise OSError(f"{error.strerror or error}: {output.standing()}") from error
+    except DistError:
+        raise RuntimeError(f"the other processes are gone: {output.standing()}") from None
+
+
+def missing_samples(
+    output: Output, world: World, run: dict[str, Any], overwrite: bool, say: Callable[[str], None]
+) -> np.ndarray:
+    """The indices that are still to be drawn, which the leader finds out for all."""
+    if world.leads:
+        missing, notes = output.prepare(run, overwrite)
+        world.publish(np.packbits(missing).tobytes())
+        for note in notes:
+            say(note)
+    else:
+        bits = np.frombuffer(world.receive(), np.uint8)
+        missing = np.unpackbits(bits, count=len(output.indices))
+        output.folder.share_lock()
+    return output.indices.start + np.flatnonzero(missing)
+
+
+def draw(
+    sampler: Sampler,
+    output: Output,
+    world: World,
+    missing: np.ndarray,
+    settings: dict[str, Any],
+    quiet: bool,
+) -> None:
+    """This process's share of the missing samples; the leader returns when all are written.
+
+    settings: of `Sampler.batches`.
+    """
+    num_steps = sampler.plan.num_steps
+
+    def callback(index: Tensor, done: int, x: Tensor) -> None:
+        progress.callback(index, done, x)
+        output.frame(index, done, x, num_steps)
+
+    with Progress(world, len(output.indices), len(missing), num_steps, quiet) as progress:
+        claims = world.claims(missing, settings["batch_size"])
+        every = 1 if sampler.device.type == "cpu" else frame_stride(num_steps)
+        seen = {"callback": callback, "callback_every": every}
+        for index, x in sampler.batches(claims, **settings, **seen):
+            output.add(index, x)
+        output.drain()
+        progress.look()
+        if world.leads:
+            progress.wait_for_others()
+        else:
+            world.leave()
+
+
+def run_samples(
+    args: argparse.Namespace,
+    world: World,
+    sampler: Sampler,
+    output: Output,
+    run: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    """Draw what is missing, and finish the folder."""
+    say = (lambda text: None) if args.quiet or not world.leads else print
+    if GRAPHS[args.graphs] and not sampler.graphs:
+        say(f"--graphs: {sampler.graphs_obstacle}; sampling step by step")
+    missing = missing_samples(output, world, run, args.overwrite, say)
+    n, classes = len(missing), settings["classes"]
+    if 0 < n <= settings["batch_size"] * (world.size - 1):
+        say("there are fewer batches than processes: a smaller --batch-size would occupy all")
+    with telling(output, world):
+        began = time.perf_counter()
+        draw(sampler, output, world, missing, settings, args.quiet)
+        if not world.leads:
+            return
+        seconds = time.perf_counter() - began
+        if n:
+            run["speed"] = {
+                "samples": n,
+                "processes": world.size,
+                "seconds": round(seconds, 3),
+                "of_which_capturing": round(sampler.capture_seconds, 3),
+                "images_per_second": round(n / seconds, 3),
+            }
+        indices = torch.arange(output.indices.start, output.indices.stop)
+        labels = None if classes is None else sampler.labels(indices, classes).numpy()
+        shown = output.finish(labels, run)
+    if sampler.graphs:
+        held = sampler.memory_held / 2**20
+        say(f"captured, {', '.join(sampler.loops.forms)}: {held:.0f} MiB held on {sampler.device}")
+    done = f"{n} samples in {seconds:.1f} s ({n / seconds:.2f} images/s)"
+    say(f"{done if n else 'all samples were there'}: {shown}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if (args.init is None) != (args.strength is None):
+        raise ValueError("--init and --strength belong together: give both, or neither")
+    indices = sample_range(args.start, args.num_samples)
+    world = World()
+    set_threads(args.threads, world)
+    device = resolve_device(args.device, world.local_rank if world.size > 1 else None)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    model = load_model(args.model, device)
+    if world.leads and not args.quiet:
+        print(*model.conventions, sep="\n", end="\n" if model.conventions else "")
+    sampler = make_sampler(args, model, device)
     init = None if args.init is None else load_dataset(args.init)
-    x_start = None if init is None else first_images(init, args.start, args.num_samples)
-    wanted = (args.num_samples, args.seed, args.start, args.batch_size, classes)
-    sampler.check(*wanted, x_start=x_start)
-    run = record(args, model, sampler, classes, init)
-    output = Output(args, sampler.sample_shape)
-    output.prepare(run)
-    say = (lambda text: None) if args.quiet else print
-    if args.graphs and not sampler.graphs:
-        why = "nothing to capture on a CPU" if device.type == "cpu" else sampler.backend_reason
-        say(f"--graphs: {why}; sampling step by step")
-
-    def frame(index: Tensor, done: int, x: Tensor) -> None:
-        output.frame(index, done, x, sampler.plan.num_steps)
-
-    began = time.perf_counter()
-    for index, x in sampler.stream(
-        args.num_samples,
-        seed=args.seed,
-        start=args.start,
-        batch_size=args.batch_size,
-        classes=classes,
-        x_start=x_start,
-        progress=not args.quiet,
-        callback=frame if args.gif else None,
-    ):
-        output.add(index, x)
-    seconds = time.perf_counter() - began
-    indices = torch.arange(args.start, args.start + args.num_samples)
-    labels = None if classes is None else sampler.labels(indices, classes).numpy()
-    rate = args.num_samples / seconds
-    run["speed"] = {
-        "seconds": round(seconds, 3),
-        "of_which_capturing": round(sampler.capture_seconds, 3),
-        "of_which_writing": round(output.seconds, 3),
-        "images_per_second": round(rate, 3),
+    batch_size = args.batch_size
+    settings = {
+        "seed": args.seed,
+        "batch_size": sampler.default_batch_size(indices) if batch_size is None else batch_size,
+        "classes": parse_classes(args.classes, sampler.num_classes),
+        "x_start": None if init is None else partial(first_images, init),
     }
-    shown = output.finish(labels, run)
-    say(f"{args.num_samples} samples in {seconds:.1f} s ({rate:.2f} images/s): {shown}")
+    sampler.check(indices, **settings)
+    run = make_record(model, sampler, indices, settings, None if init is None else init.checksums)
+    with Output(
+        args.out,
+        sampler.sample_shape,
+        indices,
+        settings["batch_size"],
+        npz=args.npz,
+        gif=args.gif,
+    ) as output:
+        run_samples(args, world, sampler, output, run, settings)
     return 0
 
 

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from . import ops
-from .arguments import real
+from .arguments import count, real
 from .checkpoint import Model
-from .graphs import CapturedStep
+from .device import with_index
+from .executor import WHOLE
+from .graphs import make_executor, resolve_backend
 from .inference import FusedUNet, prepare
-from .loop import Loop, check_first_state
+from .loop import FirstState, check_first_state, rows
+from .loops import Loops
+from .noise import MAX_STEP
 from .plan import Plan, make_plan
 from .schedule import NoiseSchedule
 
 Network = Callable[..., Tensor]
-Step = Callable[[], None]
-CAPTURABLE = ("cuda", "triton")
-BAD_ROW = 1  # of the status word; csrc/kernels.h
 DEFAULT_BATCH_SIZE = {"cpu": 64, "cuda": 256}
+MAX_BATCH_SIZE = (1 << 31) - 1
+LAST_INDEX = (1 << 63) - 1  # of the samples of a seed
+STEPS_PER_GRAPH = 1  # until a GPU has shown what is faster
 
 
 class Sampler:
@@ -43,9 +45,14 @@ class Sampler:
             arXiv:2207.12598, with W = 1 + w); 1 is off. Needs the next two.
         num_classes: of a conditional network, which is called with `class_labels` (N,) int64.
         null_class: the label that means "no class".
-        graphs: capture the step in a CUDA graph, where the backend is cuda or triton;
-            `sampler.graphs` says whether that is so. On a CPU there is nothing to capture.
-    Raises ValueError in one sentence for settings that are none.
+        graphs: capture the step in a CUDA graph, with a backend that can be captured (cuda or
+            triton), and replay that. With True, what cannot be captured raises; with "auto" it is
+            sampled step by step, with one warning. On a CPU there is nothing to capture.
+            `sampler.graphs` says whether it is captured, `graphs_obstacle` why not.
+        steps_per_graph: how many steps a launch takes; "all" makes the loop one launch where the
+            driver can do that, else one step.
+    Raises ValueError in one sentence for settings that are none, and BackendError for a backend
+    that is not available.
     """
 
     def __init__(
@@ -70,9 +77,10 @@ class Sampler:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
-        graphs: bool = False,
+        graphs: bool | str = False,
+        steps_per_graph: int | str = STEPS_PER_GRAPH,
     ) -> None:
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype = with_index(torch.device(device)), dtype
         self.network, self.sample_shape = network, tuple(sample_shape)
         plan = make_plan(
             *(schedule, method, steps, spacing, eta),
@@ -83,9 +91,12 @@ class Sampler:
         )
         self.plan: Plan = plan.to(self.device)
         self.timesteps = self.plan.index[:, 0].long()
-        self.backend, self.backend_reason = _resolve(self.device, backend, graphs)
-        # The reference draws its noise on the host, so it cannot be captured.
-        self.graphs = graphs and self.backend in CAPTURABLE
+        self.backend, self.backend_reason = resolve_backend(self.device, backend, graphs)
+        executor, self.graphs_obstacle = make_executor(self.device, self.backend, graphs, network)
+        if steps_per_graph != WHOLE:
+            steps_per_graph = count("steps_per_graph", steps_per_graph, 1, MAX_STEP)
+        self.loops = Loops(executor, steps_per_graph, automatic=graphs == "auto")
+        self._sizes: list[int] = []  # that `capture` was asked for, ascending
         self.guidance_scale = real("guidance", guidance_scale)
         self.num_classes, self.null_class = num_classes, null_class
         self.guided = self.guidance_scale != 1.0
@@ -94,8 +105,6 @@ class Sampler:
                 f"guidance {guidance_scale} needs a class-conditional model with a null class, "
                 f"and this one has none: leave guidance at 1"
             )
-        self.capture_seconds = 0.0
-        self._free_loops: dict[tuple[int, bool], list[tuple[Loop, Step]]] = {}
 
     @classmethod
     def from_model(
@@ -105,13 +114,14 @@ class Sampler:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         variance_type: str | None = None,
+        clip_denoised: bool | None = None,
         fused: bool = True,
         **settings: object,
     ) -> Sampler:
         """A sampler of a loaded model, its network prepared for `dtype` on `device`.
 
-        variance_type: overrides the checkpoint's. fused: see `inference.prepare`; the rest as for
-        `Sampler`.
+        variance_type, clip_denoised: override the checkpoint's. fused: see `inference.prepare`; the
+        rest as for `Sampler`.
         """
         config = model.config
         device = torch.device(device or next(model.unet.parameters()).device)
@@ -122,6 +132,7 @@ class Sampler:
             config.sample_shape,
             prediction_type=model.prediction_type,
             variance_type=variance_type or model.variance_type,
+            clip_denoised=model.clip_denoised if clip_denoised is None else clip_denoised,
             num_classes=config.num_classes,
             null_class=null,
             device=device,
@@ -134,28 +145,60 @@ class Sampler:
 
     def check(
         self,
-        num_samples: int,
+        indices: Iterable[int],
         seed: int,
-        start: int,
         batch_size: int,
         classes: Sequence[int] | None,
-        x_T: Tensor | None = None,
-        x_start: Tensor | None = None,
+        x_T: FirstState | None = None,
+        x_start: FirstState | None = None,
     ) -> None:
-        """Raise ValueError, before any work, for a run that `stream` would refuse."""
-        for name, value, low, high in (
-            ("the number of samples", num_samples, 1, 1 << 63),
-            ("the batch size", batch_size, 1, 1 << 31),
-            ("the seed", seed, 0, 1 << 64),
-            ("the first sample", start, 0, (1 << 63) - num_samples),
-        ):
-            if not low <= value < high:
-                raise ValueError(f"{name} must be at least {low} and below {high}, got {value}")
+        """Raise ValueError, before any work, for a run that `batches` would refuse."""
+        count("the batch size", batch_size, 1, MAX_BATCH_SIZE)
+        count("the seed", seed, 0, (1 << 64) - 1)
         self.labels(torch.zeros(1, dtype=torch.int64), classes)
+        num_samples = len(indices) if isinstance(indices, Sized) else None
         check_first_state(self.plan, (num_samples, *self.sample_shape), x_T, x_start)
 
-    def default_batch_size(self, num_samples: int) -> int:
-        return min(num_samples, DEFAULT_BATCH_SIZE[self.device.type])
+    @property
+    def graphs(self) -> bool:
+        """Whether steps are captured."""
+        return self.loops.executor.captures
+
+    @property
+    def capture_seconds(self) -> float:
+        """What captures have taken so far, their warm-up included."""
+        return self.loops.capture_seconds
+
+    @property
+    def memory_held(self) -> int:
+        """Bytes on the device of the buffers and captures that are kept for further runs."""
+        return self.loops.memory_held()
+
+    def release(self) -> None:
+        """Give them back; a later run makes them anew."""
+        self.loops.release()
+
+    @torch.no_grad()
+    def capture(self, batch_sizes: Iterable[int]) -> None:
+        """Make the buffers and captures of these batch sizes before they are needed.
+
+        The largest is first, so that the others find room in its memory. From then on a run that
+        names no batch size takes the smallest of these that holds all its samples.
+        """
+        sizes = {count("the batch size", size, 1, MAX_BATCH_SIZE) for size in batch_sizes}
+        for size in sorted(sizes, reverse=True):
+            with self.loops.borrowed(self, size):
+                pass
+        self._sizes = sorted(sizes)
+
+    def default_batch_size(self, indices: Iterable[int]) -> int:
+        """All of `indices` at once, up to what the device is busy with, or was captured for."""
+        wanted = len(indices) if isinstance(indices, Sized) else None
+        if self._sizes:
+            fitting = (size for size in self._sizes if wanted is not None and size >= wanted)
+            return next(fitting, self._sizes[-1])
+        most = DEFAULT_BATCH_SIZE[self.device.type]
+        return most if wanted is None else max(1, min(wanted, most))
 
     def labels(self, index: Tensor, classes: Sequence[int] | None) -> Tensor | None:
         """The label of every sample: the class list repeated over the sample indices."""
@@ -178,109 +221,76 @@ class Sampler:
                 )
         return torch.tensor(classes, dtype=torch.int64)[index % len(classes)]
 
-    @contextmanager
-    def _borrowed_loop(self, size: int, conditional: bool) -> Iterator[tuple[Loop, Step]]:
-        """Buffers and step for a batch size, kept for the next run but never shared by two."""
-        free = self._free_loops.setdefault((size, conditional), [])
-        try:
-            loop, step = free.pop()
-        except IndexError:
-            # Buffers made in inference mode could not be written outside it by a later run.
-            with torch.inference_mode(False):
-                loop = Loop(self, size, conditional)
-            # Each step before the capture uses up a row, and none may leave the table.
-            warm_up = min(3, self.plan.num_steps)
-            began = time.perf_counter()
-            step = CapturedStep(loop.step, self.device, warm_up) if self.graphs else loop.step
-            self.capture_seconds += time.perf_counter() - began
-        try:
-            yield loop, step
-        finally:
-            free.append((loop, step))
+    def stream(self, indices: Iterable[int], **settings: object) -> Iterator[tuple[int, Tensor]]:
+        """Yield (sample index, x_0 (C, *size) float32), each once, as their batches end.
+
+        Arguments as for `batches`.
+        """
+        for index, x in self.batches(indices, **settings):
+            yield from zip(index.tolist(), x, strict=True)
 
     @torch.no_grad()
-    def stream(
+    def batches(
         self,
-        num_samples: int,
+        indices: Iterable[int],
         *,
         seed: int = 0,
-        start: int = 0,
         batch_size: int | None = None,
         classes: Sequence[int] | None = None,
-        x_T: Tensor | None = None,
-        x_start: Tensor | None = None,
-        progress: bool = False,
+        x_T: FirstState | None = None,
+        x_start: FirstState | None = None,
         callback: Callable[[Tensor, int, Tensor], None] | None = None,
+        callback_every: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (sample indices (B,), x_0 (B, C, *size) float32) batch by batch.
 
         x_0 lies in [-1, 1] if clip_denoised is on. Method ddim_inverse yields x_T in its place.
 
         Args:
-            num_samples, start: the samples start .. start + num_samples - 1 of the seed. Sample i
-                has the same noise whatever the others are.
+            indices: which samples of the seed, in any order; sample i has the same noise whatever
+                the others are. They may have no end, and are asked for a batch at a time.
             batch_size: how many are computed at once; a last, partial batch is padded.
             classes: sample i is of class classes[i % len(classes)]; None is no class.
-            x_T: (num_samples, C, *size) floating point, in the place of the drawn x_T.
+            x_T: in the place of the drawn x_T, floating point: (N, C, *size) in the order of the N
+                indices, or a function from some of them (B,) to theirs (B, C, *size).
             x_start: likewise, for a sampler with a strength (img2img: each is noised, and denoised
                 from there) or method ddim_inverse (each is turned into its x_T).
-            callback: called as (sample indices, steps done, x_t) before the first step and after
-                each; the samples past the end of the run are cut off.
+            callback: called as (sample indices, steps done, x_t) before the first step, after each
+                `callback_every` and after the last, without the padding. x_t is on the CPU; clone
+                what you keep. A GPU's steps go on meanwhile: the host waits for the copy alone.
         """
+        count("callback_every", callback_every, 1, MAX_STEP)
         if batch_size is None:
-            batch_size = self.default_batch_size(num_samples)
-        self.check(num_samples, seed, start, batch_size, classes, x_T, x_start)
-        bar = tqdm(
-            total=-(-num_samples // batch_size) * self.plan.num_steps,
-            disable=not progress,
-            unit="step",
-        )
-        conditional = self.labels(torch.zeros(1, dtype=torch.int64), classes) is not None
-        with bar, self._borrowed_loop(batch_size, conditional) as (loop, step):
-            for first in range(start, start + num_samples, batch_size):
-                kept = min(batch_size, start + num_samples - first)
+            batch_size = self.default_batch_size(indices)
+        self.check(indices, seed, batch_size, classes, x_T, x_start)
+        wanted, first = iter(indices), 0
+        with self.loops.borrowed(self, batch_size) as lent:
+            while some := [*islice(wanted, batch_size)]:
+                for i in some:
+                    count("a sample's index", i, 0, LAST_INDEX)
+                kept = len(some)
                 # Padding repeats the last wanted sample, so nothing unwanted can fail the run.
-                place = first - start + torch.arange(batch_size).clamp(max=kept - 1)
-                index = start + place
-                loop.start(
-                    *(seed, index, self.labels(index, classes)),
-                    *(None if x is None else x[place.to(x.device)] for x in (x_T, x_start)),
-                )
-                for done in range(self.plan.num_steps):
-                    if callback:
-                        callback(index[:kept], done, loop.x[:kept])
-                    step()
-                    bar.update()
-                if callback:
-                    callback(index[:kept], self.plan.num_steps, loop.x[:kept])
-                self._check_result(loop)
-                yield index[:kept], loop.x[:kept].clone()
+                place = torch.arange(batch_size).clamp(max=kept - 1)
+                index = torch.tensor(some, dtype=torch.int64)[place]
+                given = [rows(x, index, first + place) for x in (x_T, x_start)]
+                check_first_state(self.plan, (batch_size, *self.sample_shape), *given)
+                lent.start(seed, index, self.labels(index, classes), *given)
+                x, see = lent.loop.x[:kept], callback and partial(callback, index[:kept])
+                lent.run(x, see, callback_every)
+                first += kept
+                yield index[:kept], x.clone()
 
-    def sample(self, num_samples: int, **settings: object) -> Tensor:
-        """x_0 of `num_samples` samples, (N, C, *size) float32 on the CPU; see `stream`."""
-        return torch.cat([x.cpu() for _, x in self.stream(num_samples, **settings)])
+    def sample(self, num_samples: int, *, start: int = 0, **settings: object) -> Tensor:
+        """x_0 of the samples start .. start + num_samples - 1, (N, C, *size) float32 on the CPU.
 
-    def _check_result(self, loop: Loop) -> None:
-        """One look at the status word, after the run: the host does not wait during it."""
-        code, row, position, _ = loop.status.tolist()
-        if code == BAD_ROW:
-            raise RuntimeError(f"the step was given row {row} of {self.plan.num_steps}: a defect")
-        if code:
-            raise RuntimeError(
-                f"sample {int(loop.index[position])} has a value that is not finite after step "
-                f"{row + 1} of {self.plan.num_steps}: the network's weights are broken, or it "
-                f"overflows in {str(self.dtype).removeprefix('torch.')} (try float32)"
-            )
+        Further arguments as for `batches`.
+        """
+        indices = sample_range(start, num_samples)
+        return torch.cat([x.cpu() for _, x in self.batches(indices, **settings)])
 
 
-def _resolve(device: torch.device, backend: str, graphs: bool) -> tuple[str, str]:
-    """The step's backend. Asking for graphs on a GPU asks for the kernels that can be captured."""
-    if graphs and device.type == "cuda" and backend == "auto" and not ops.is_overridden():
-        errors = []
-        for name in CAPTURABLE:
-            try:
-                return ops.resolve_backend(device, name)
-            except ops.BackendError as error:
-                errors.append(str(error))
-        return ops.resolve_backend(device)[0], f"not captured, because {' '.join(errors)}"
-    return ops.resolve_backend(device, backend)
+def sample_range(start: int, num_samples: int) -> range:
+    """The indices start .. start + num_samples - 1; ValueError if there are no such samples."""
+    count("the number of samples", num_samples, 1, LAST_INDEX)
+    count("the first sample", start, 0, LAST_INDEX + 1 - num_samples)
+    return range(start, start + num_samples)

@@ -27,7 +27,7 @@ class TimeTable:
         self.class_embedding = copy.deepcopy(unet.class_embedding)
         if self.class_embedding is not None:
             self.class_embedding.float()
-        self._weight, self._bias = torch.empty(0, 4 * unet.config.base_channels), torch.empty(0)
+        self._weight, self._bias = torch.empty(0, unet.config.time_channels[1]), torch.empty(0)
         self._place: dict[float, int] = {}  # of the expected timesteps
         self._tables: dict[int | None, Tensor] = {}
         self._others: dict[tuple[float, int | None], Tensor] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import re
 import signal
 import sys
 import time
@@ -44,13 +43,6 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"wanted numbers like 1,2,2, got {text!r}") from None
 
 
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", text.lower())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"wanted HxW or one number, got {text!r}")
-    return int(match[1]), int(match[2] or match[1])
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m ddpm_fast.train",
@@ -60,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", required=True, help="IDX files, a folder of images, or an npz")
     p.add_argument("--out", required=True, help="folder for checkpoints, log and sample grids")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    p.add_argument("--size", type=_size, help="scale and crop a folder's images to HxW")
+    p.add_argument("--size", type=cli.size, help="scale and crop a folder's images to HxW")
     p.add_argument("--unconditional", action="store_true", help="ignore the data's labels")
 
     net = p.add_argument_group("network")
@@ -234,7 +226,8 @@ class Run:
         try:
             x = Sampler.from_model(model, method="ddim", steps=steps).sample(64, batch_size=16)
             folder.mkdir(exist_ok=True)
-            write_grid(folder / f"{self.trainer.step_count:07d}.png", to_uint8(x))
+            with replacing(folder / f"{self.trainer.step_count:07d}.png") as partial:
+                write_grid(partial, to_uint8(x))
         except (RuntimeError, OSError) as error:
             tqdm.write(f"no sample grid: {error}", file=sys.stderr)
 

@@ -35,6 +35,14 @@ def _conv(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
     return (nn.Conv1d if dims == 1 else nn.Conv2d)(*args, **kwargs)
 
 
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """With normal weights; but not on "meta", where drawing them imports all of torch._dynamo."""
+    weight = torch.empty(rows, width)
+    if not weight.is_meta:
+        weight.normal_()
+    return nn.Embedding.from_pretrained(weight, freeze=False)
+
+
 def _zero(module: nn.Module) -> nn.Module:
     """A layer that starts as zero, so that each block starts as the identity."""
     for parameter in module.parameters():
@@ -49,7 +57,7 @@ class ResBlock(nn.Module):
         self, config: UNetConfig, channels: int, out_channels: int, resample: str | None = None
     ) -> None:
         super().__init__()
-        dims, width = config.dims, 4 * config.base_channels
+        dims, width = config.dims, config.time_channels[1]
         self.resample = resample
         self.scale_shift = config.scale_shift_norm
         self.norm1 = nn.GroupNorm(config.norm_groups, channels, config.norm_eps)
@@ -83,11 +91,13 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all positions, with a residual connection."""
 
-    def __init__(self, config: UNetConfig, channels: int) -> None:
+    def __init__(self, config: UNetConfig, channels: int, normalised: bool = True) -> None:
         super().__init__()
         self.heads = channels // config.head_channels if config.head_channels else config.num_heads
         self.order = config.qkv_order
-        self.norm = nn.GroupNorm(config.norm_groups, channels, config.norm_eps)
+        self.norm = nn.Identity()
+        if normalised:
+            self.norm = nn.GroupNorm(config.norm_groups, channels, config.norm_eps)
         self.qkv = _conv(config.dims, channels, 3 * channels, 1)
         self.proj = _zero(_conv(config.dims, channels, channels, 1))
 
@@ -128,10 +138,12 @@ class Upsample(nn.Module):
 class Stage(nn.Module):
     """A residual block, and the attention that may follow it."""
 
-    def __init__(self, config: UNetConfig, channels: int, out: int, attention: bool) -> None:
+    def __init__(
+        self, config: UNetConfig, channels: int, out: int, attention: bool, normalised: bool = True
+    ) -> None:
         super().__init__()
         self.block = ResBlock(config, channels, out)
-        self.attention = Attention(config, out) if attention else None
+        self.attention = Attention(config, out, normalised) if attention else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         x = self.block(x, emb)
@@ -145,8 +157,9 @@ def embed(
     t: Tensor,
     class_labels: Tensor | None,
 ) -> Tensor:
-    """The activated embedding (N, 4 * base_channels) that every block projects."""
-    channels, order = config.base_channels, config.embedding_order
+    """The activated embedding (N, time_channels[1]) that every block projects."""
+    channels, order = config.time_channels[0], config.embedding_order
+    t = t if config.timestep_scale == 1 else t * config.timestep_scale
     emb = timestep_embedding(t, channels, order, config.embedding_shift)
     emb = time_mlp(emb.to(time_mlp[0].weight.dtype))
     if class_embedding is not None:
@@ -190,7 +203,7 @@ class UNet(nn.Module):
 
     Args of forward:
         x: x_t, (N, C, *size), each size a multiple of 2 ** (levels - 1).
-        t: timesteps, (N,), integer or float (models trained on rescaled timesteps).
+        t: timesteps of the schedule, (N,), integer or float.
         class_labels: (N,) int64 in 0..num_classes, the last meaning "no class", as None does for
             all. Only for class-conditional models; with null_class "none", 0..num_classes - 1.
     Returns (N, C, *size), or (N, 2C, *size) with learned variance.
@@ -201,10 +214,12 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        ch, width = config.base_channels, 4 * config.base_channels
-        self.time_mlp = nn.Sequential(nn.Linear(ch, width), nn.SiLU(), nn.Linear(width, width))
+        ch, (sinusoids, width) = config.base_channels, config.time_channels
+        self.time_mlp = nn.Sequential(
+            nn.Linear(sinusoids, width), nn.SiLU(), nn.Linear(width, width)
+        )
         rows = (config.num_classes or 0) + (config.null_class == "row")
-        self.class_embedding = nn.Embedding(rows, width) if config.num_classes else None
+        self.class_embedding = _embedding(rows, width) if config.num_classes else None
         self.conv_in = _conv(config.dims, config.in_channels, ch, 3, padding=1)
 
         self.down, skips = nn.ModuleList(), [ch]
@@ -218,12 +233,16 @@ class UNet(nn.Module):
                 self.down.append(self._resampler(config, ch, "down"))
                 skips.append(ch)
         self.middle = nn.ModuleList(
-            [Stage(config, ch, ch, config.mid_attention), Stage(config, ch, ch, False)]
+            [
+                Stage(config, ch, ch, config.mid_attention, config.mid_attention_norm),
+                Stage(config, ch, ch, False),
+            ]
         )
         self.up = nn.ModuleList()
         for level, out in reversed(list(enumerate(config.level_channels))):
-            for _ in range(config.num_res_blocks + 1):
-                attention = config.attention_levels[level]
+            for block in range(config.num_res_blocks + 1):
+                here = config.up_attention == "every" or block == config.num_res_blocks
+                attention = config.attention_levels[level] and here
                 self.up.append(Stage(config, ch + skips.pop(), out, attention))
                 ch = out
             if level > 0:

@@ -6,12 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from .arguments import count, one_of, real, shown
+from .arguments import count, from_fields, one_of, real, shown
 
 EMBEDDING_ORDERS = ("sin_cos", "cos_sin", "interleaved")
 QKV_ORDERS = ("qkv", "heads")
 DOWNSAMPLE_PADDINGS = ("symmetric", "asymmetric")
 NULL_CLASSES = ("none", "row", "zero")
+UP_ATTENTIONS = ("every", "last")
 
 MAX_LEVELS = 10
 # Far above any published model; without them a hostile file could ask for endless work.
@@ -23,8 +24,15 @@ MAX_COUNTS = {
     "norm_groups": 2**14,
     "head_channels": 2**14,
     "num_classes": 2**20,
+    "embedding_channels": 2**14,
 }
-OPTIONAL = ("head_channels", "num_classes")
+OPTIONAL = ("head_channels", "num_classes", "embedding_channels")
+
+
+def _multiplier(value: Any) -> float:
+    """An entry of channel_mult: whole numbers stay whole."""
+    number = real("channel_mult", value, 2.0**-8, 2.0**8)
+    return int(number) if number == int(number) else number
 
 
 @dataclass(frozen=True)
@@ -35,10 +43,14 @@ class UNetConfig:
         in_channels: channels of x_t, and of the prediction.
         sample_size: the spatial size the model was trained on, one number per dimension: (32, 32)
             for images, (64,) for series. Its length is the number of spatial dimensions, 1 or 2.
-        base_channels, channel_mult: level i has base_channels * channel_mult[i] channels.
+        base_channels, channel_mult: the first convolution has base_channels, level i has
+            base_channels * channel_mult[i], which must be whole.
         num_res_blocks: residual blocks per level on the way down; one more on the way up.
         attention_levels: per level, whether self-attention follows each residual block.
+        up_attention: on the way up it follows every residual block, or (score_sde) the last only.
         mid_attention: self-attention between the two middle blocks.
+        mid_attention_norm: whether that one normalises its input (diffusers' does not, beside a
+            scale_shift_norm, unless told to).
         num_heads, head_channels: the attention's head count, or, if given, the width of each head.
         qkv_order: how the 3C rows of the projection are laid out: "qkv" is all queries, then keys,
             then values; "heads" keeps each head's q, k, v together (guided-diffusion's default).
@@ -46,6 +58,8 @@ class UNetConfig:
         norm_groups, norm_eps: of every GroupNorm.
         embedding_order, embedding_shift: the timestep embedding is sines and cosines of
             t * 10000 ** (-i / (half - embedding_shift)), in this order.
+        embedding_channels: of that embedding, if not base_channels (guided-diffusion at 512x512).
+        timestep_scale: t is multiplied by it first (OpenAI's rescale_timesteps: 1000 / T).
         downsample_padding: of the strided convolution: one on each side, or one at the end only.
         scale_shift_norm: the time embedding scales and shifts the second norm, instead of being
             added before it.
@@ -59,10 +73,12 @@ class UNetConfig:
     in_channels: int = 3
     sample_size: tuple[int, ...] = (32, 32)
     base_channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    channel_mult: tuple[float, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
     attention_levels: tuple[bool, ...] = (False, True, False, False)
+    up_attention: str = "every"
     mid_attention: bool = True
+    mid_attention_norm: bool = True
     num_heads: int = 1
     head_channels: int | None = None
     qkv_order: str = "qkv"
@@ -71,6 +87,8 @@ class UNetConfig:
     norm_eps: float = 1e-6
     embedding_order: str = "sin_cos"
     embedding_shift: float = 1.0
+    embedding_channels: int | None = None
+    timestep_scale: float = 1.0
     downsample_padding: str = "asymmetric"
     scale_shift_norm: bool = False
     resblock_updown: bool = False
@@ -79,9 +97,10 @@ class UNetConfig:
     learn_sigma: bool = False
 
     def __post_init__(self) -> None:
-        for name, high in (("sample_size", 2**20), ("channel_mult", 2**8)):
-            values = self._sequence(name)
-            object.__setattr__(self, name, tuple(count(name, v, 1, high) for v in values))
+        size = (count("sample_size", v, 1, 2**20) for v in self._sequence("sample_size"))
+        object.__setattr__(self, "sample_size", tuple(size))
+        mult = (_multiplier(v) for v in self._sequence("channel_mult"))
+        object.__setattr__(self, "channel_mult", tuple(mult))
         object.__setattr__(self, "attention_levels", self._sequence("attention_levels"))
         if self.dims not in (1, 2):
             raise ValueError(f"sample_size must have 1 or 2 numbers, got {self.sample_size}")
@@ -114,23 +133,33 @@ class UNetConfig:
         real("dropout", self.dropout, 0.0, 1.0)
         real("norm_eps", self.norm_eps, 0.0, 1.0)
         real("embedding_shift", self.embedding_shift, 0.0)
+        real("timestep_scale", self.timestep_scale, 0.0, 1e6)
         one_of("embedding_order", self.embedding_order, EMBEDDING_ORDERS)
         one_of("qkv_order", self.qkv_order, QKV_ORDERS)
         one_of("downsample_padding", self.downsample_padding, DOWNSAMPLE_PADDINGS)
         one_of("null_class", self.null_class, NULL_CLASSES)
+        one_of("up_attention", self.up_attention, UP_ATTENTIONS)
         flags = {f"attention_levels[{i}]": v for i, v in enumerate(self.attention_levels)}
-        for name in ("mid_attention", "scale_shift_norm", "resblock_updown", "learn_sigma"):
+        switches = ("mid_attention", "mid_attention_norm", "scale_shift_norm")
+        for name in (*switches, "resblock_updown", "learn_sigma"):
             flags[name] = getattr(self, name)
         for name, value in flags.items():
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be true or false, but {shown(value)} was given.")
 
     def _check_divisions(self) -> None:
-        if self.base_channels % 2 or self.base_channels / 2 <= self.embedding_shift:
+        embedding = self.embedding_channels or self.base_channels
+        if embedding % 2 or embedding / 2 <= self.embedding_shift:
             raise ValueError(
-                f"base_channels must be even, and half of it above embedding_shift "
-                f"({self.embedding_shift}), got {self.base_channels}"
+                f"base_channels (or embedding_channels) must be even, and half of it above "
+                f"embedding_shift ({self.embedding_shift}), got {embedding}"
             )
+        for mult, channels in zip(self.channel_mult, self.level_channels, strict=True):
+            if channels < 1 or abs(self.base_channels * mult - channels) > 1e-6 * channels:
+                raise ValueError(
+                    f"channel_mult must give whole numbers of channels, got {mult} times "
+                    f"{self.base_channels}"
+                )
         heads = self.head_channels or self.num_heads
         last = len(self.channel_mult) - 1
         # The first convolution's output is normalised too, before any multiplier.
@@ -155,7 +184,13 @@ class UNetConfig:
 
     @property
     def level_channels(self) -> tuple[int, ...]:
-        return tuple(self.base_channels * m for m in self.channel_mult)
+        return tuple(round(self.base_channels * m) for m in self.channel_mult)
+
+    @property
+    def time_channels(self) -> tuple[int, int]:
+        """Of the sinusoidal embedding, and of the time MLP that every block projects."""
+        channels = self.embedding_channels or self.base_channels
+        return channels, 4 * channels
 
     @property
     def out_channels(self) -> int:
@@ -182,11 +217,4 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
         """The configuration of `to_dict`; ValueError in one sentence if it is none."""
-        if not isinstance(values, dict):
-            raise ValueError(f"a U-Net's config must be a dict, but it is {shown(values)}.")
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"unknown U-Net fields {shown(unknown)}; this file needs a newer ddpm_fast"
-            )
-        return cls(**values)
+        return from_fields(cls, values)

@@ -1,16 +1,32 @@
-"""The captured loop against the eager one, bit for bit; only with a GPU."""
+"""The captured loop against the eager one, bit for bit; only with a GPU.
+
+What controls it is tested without one in test_loops.py.
+"""
 
 from __future__ import annotations
+
+import threading
+import warnings
 
 import pytest
 import torch
 from step_cases import same_bits
 from test_cuda import needs
+from test_loops import METHODS, Network, reading
 
+from ddpm_fast.executor import ONE_LAUNCH, WHOLE, CaptureError
+from ddpm_fast.graphs import while_loop_obstacle
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
 
 pytestmark = needs("cuda")
+
+RUN = {"batch_size": 4, "classes": [2, 0, 1]}
+FORMS = [
+    1,
+    3,
+    pytest.param(WHOLE, marks=pytest.mark.skipif(bool(while_loop_obstacle()), reason="no loops")),
+]
 
 
 @pytest.fixture
@@ -18,31 +34,37 @@ def captures(monkeypatch):
     """The CUDA graphs made in the test."""
     made, graph = [], torch.cuda.CUDAGraph
 
-    def counted():
-        made.append(graph())
-        return made[-1]
+    class Counted(graph):
+        def __new__(cls, *args, **kwargs):
+            made.append(super().__new__(cls, *args, **kwargs))
+            return made[-1]
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", counted)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Counted)
     return made
 
 
-def check_captured(class_model, captures, device="cuda", **settings):
+def make(class_model, **settings):
+    settings = {"device": "cuda", "backend": "cuda", "graphs": True, "steps": 20} | settings
+    sampler = Sampler.from_model(class_model, **settings)
+    assert sampler.graphs == bool(settings["graphs"])
+    return sampler
+
+
+def check_captured(class_model, captures, **settings):
     """The captured loop comes first, so that the eager one prepares nothing for it."""
-    settings |= {"device": device, "backend": "cuda"}
     runs = []
     for graphs in (True, False):
-        sampler = Sampler.from_model(class_model, graphs=graphs, **settings)
-        assert sampler.graphs == graphs
+        sampler = make(class_model, graphs=graphs, **settings)
         runs.append(
             [
-                sampler.sample(4, seed=seed, start=start, batch_size=4, classes=[2, 0, 1])
+                sampler.sample(7, seed=seed, start=start, **RUN)
                 for seed, start in ((0, 0), (2**63 + 5, 1000))
             ]
         )
     for captured, eager in zip(*runs, strict=True):
         assert eager.isfinite().all() and same_bits(captured, eager)
     assert not torch.equal(*runs[0])
-    assert len(captures) == 1
+    assert len(captures) == (2 if settings.get("steps_per_graph") == 3 else 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -50,6 +72,152 @@ def check_captured(class_model, captures, device="cuda", **settings):
 @pytest.mark.parametrize("steps", [1, 20])
 def test_captured_loop_equals_the_eager_one(class_model, captures, steps, guidance, dtype):
     check_captured(class_model, captures, steps=steps, guidance_scale=guidance, dtype=dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
+def test_for_every_method_and_form(class_model, captures, settings, form):
+    check_captured(class_model, captures, steps_per_graph=form, **settings)
+
+
+@needs("triton")
+@pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
+def test_with_triton_kernels(class_model, captures, settings):
+    check_captured(class_model, captures, backend="triton", **settings)
+
+
+@pytest.mark.skipif(bool(while_loop_obstacle()), reason=while_loop_obstacle())
+def test_the_loop_is_one_launch(class_model):
+    sampler = make(class_model, steps_per_graph=WHOLE)
+    sampler.sample(4, **RUN)
+    assert sampler.loops.forms == [ONE_LAUNCH]
+
+
+def test_replays_repeat_and_differ_as_their_seeds_do(class_model, captures):
+    sampler = make(class_model)
+    first = sampler.sample(4, **RUN)
+    for size in (1, 2, 9):  # other shapes in between
+        sampler.sample(size, seed=8, batch_size=size, classes=[1])
+    assert same_bits(sampler.sample(4, **RUN), first)
+    assert not torch.equal(sampler.sample(4, seed=1, **RUN), first)
+    shifted = sampler.sample(4, start=1, batch_size=4, classes=[1, 2, 0])
+    assert same_bits(shifted[:3], first[1:]) and not torch.equal(shifted[3], first[3])
+    assert not torch.equal(sampler.sample(4, batch_size=4, classes=[1]), first)
+    assert len(captures) == 4
+
+
+def test_the_guidance_scale_may_change(class_model, captures):
+    sampler, eager = (make(class_model, graphs=g, guidance_scale=3.0) for g in (True, False))
+    sampler.sample(4, **RUN)
+    sampler.guidance_scale = eager.guidance_scale = 0.5
+    assert same_bits(sampler.sample(4, **RUN), eager.sample(4, **RUN))
+    assert len(captures) == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_callbacks_see_the_eager_states(class_model, every, form):
+    runs = []
+    for graphs in (True, False):
+        seen = []
+
+        def callback(index, done, x, seen=seen):
+            seen.append((index.tolist(), done, x.clone()))
+
+        sampler = make(class_model, graphs=graphs, steps_per_graph=form)
+        sampler.sample(6, **RUN, callback=callback, callback_every=every)
+        runs.append(seen)
+    for captured, eager in zip(*runs, strict=True):
+        assert captured[:2] == eager[:2] and same_bits(captured[2], eager[2])
+
+
+def test_on_a_stream_of_the_callers(class_model):
+    """What he queued before is seen, and what he queues after sees the samples."""
+    sampler, stream = make(class_model), torch.cuda.Stream()
+    x_T = torch.randn(4, 1, 8, 8)
+    want = sampler.sample(4, **RUN, x_T=x_T)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        given = x_T.pin_memory().cuda(non_blocking=True)
+        batches = sampler.batches(range(4), **RUN, x_T=given)
+        _, x = next(batches)
+        assert torch.cuda.current_stream() == stream
+        got = (x + 0.0).cpu()
+    assert same_bits(got, want)
+
+
+def test_several_threads(class_model):
+    """Of one sampler, each with a stream and shapes of its own, while another works on the GPU."""
+    sampler = make(class_model)
+    jobs = [(seed, size) for seed in range(3) for size in (2, 4)]
+    want = {
+        job: make(class_model, graphs=False).sample(9, seed=job[0], batch_size=job[1])
+        for job in jobs
+    }
+    got, stop, errors = {}, threading.Event(), []
+
+    def run(job):
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(3):
+                    got[job] = sampler.sample(9, seed=job[0], batch_size=job[1])
+        except Exception as error:  # told by the test, not by the thread
+            errors.append(error)
+
+    def other_work():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            while not stop.is_set():
+                a = torch.ones(256, 256, device="cuda")
+                (a @ a).sum()
+                torch.cuda.current_stream().synchronize()
+
+    beside = threading.Thread(target=other_work)
+    threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
+    for thread in (beside, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop.set()
+    beside.join()
+    assert not errors
+    assert all(same_bits(got[job], want[job]) for job in jobs)
+
+
+def test_two_samplers_may_alternate(class_model):
+    samplers = [make(class_model, steps=steps) for steps in (20, 15)]
+    want = [s.sample(8, **RUN) for s in samplers]
+    streams = zip(*(s.batches(range(8), **RUN) for s in samplers), strict=True)
+    got = [torch.cat(x).cpu() for x in zip(*([a[1], b[1]] for a, b in streams), strict=True)]
+    assert all(map(same_bits, got, want))
+
+
+def test_buckets_share_memory_that_can_be_released(class_model):
+    alone, sampler = make(class_model), make(class_model)
+    alone.capture([64])
+    sampler.capture([8, 64, 1])
+    assert alone.loops.executor.memory_held() > 0
+    assert sampler.loops.executor.memory_held() <= 1.5 * alone.loops.executor.memory_held()
+    want = sampler.sample(5, **RUN)
+    reserved = torch.cuda.memory_reserved()
+    sampler.release()
+    assert sampler.memory_held == 0 and torch.cuda.memory_reserved() < reserved
+    assert same_bits(sampler.sample(5, **RUN), want)
+
+
+def test_under_autocast(class_model):
+    """The casts are in the graph: nothing of the cache that ends with the context."""
+    model_input = {"device": "cuda", "backend": "cuda", "steps": 20}
+    unet = class_model.unet.__class__(class_model.config).cuda().eval()
+    settings = (unet, class_model.schedule, class_model.config.sample_shape)
+    runs = []
+    for graphs in (True, False):
+        sampler = Sampler(*settings, **model_input, graphs=graphs)
+        with torch.autocast("cuda", torch.bfloat16):
+            runs.append(sampler.sample(4, batch_size=4))
+        torch.cuda.empty_cache()
+        with torch.autocast("cuda", torch.bfloat16):
+            runs.append(sampler.sample(4, batch_size=4))
+    assert all(same_bits(run, runs[0]) for run in runs)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -67,8 +235,40 @@ def test_values_that_are_not_finite_are_named(graphs):
         sampler.sample(4, start=5, batch_size=4)
 
 
+def foreign(network, graphs):
+    settings = {"device": "cuda", "backend": "cuda", "graphs": graphs}
+    return Sampler(network, NoiseSchedule.linear(20), (1, 2, 2), **settings)
+
+
+@pytest.mark.parametrize(
+    "network, name", [(Network(), r"module blocks\.1 \(Reads\)"), (reading, r"x\.mean\(\)")]
+)
+def test_what_cannot_be_captured_is_named(network, name):
+    before = torch.cuda.current_stream()
+    with pytest.raises(CaptureError, match=name):
+        foreign(network, True).sample(1)
+    assert torch.cuda.current_stream() == before
+    assert torch.randn(3, device="cuda").isfinite().all()  # torch's generator is not left captured
+
+
+def test_auto_falls_back_with_one_warning():
+    sampler = foreign(reading, "auto")
+    with pytest.warns(UserWarning, match="step by step"):
+        got = sampler.sample(3, batch_size=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same_bits(sampler.sample(3, batch_size=2), got)
+    assert not sampler.graphs
+    assert same_bits(foreign(reading, False).sample(3, batch_size=2), got)
+
+
+def test_the_reference_cannot_be_captured(class_model):
+    with pytest.raises(ValueError, match="reference draws its noise on the host"):
+        Sampler.from_model(class_model, device="cuda", backend="reference", graphs=True)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two GPUs")
 def test_the_second_gpu(class_model, captures):
     """The sampler's device counts, not the current one."""
-    check_captured(class_model, captures, "cuda:1", steps=20, guidance_scale=3.0)
+    check_captured(class_model, captures, device="cuda:1", guidance_scale=3.0)
     assert torch.cuda.current_device() == 0

@@ -35,7 +35,7 @@ def test_64x64_rgb(tmp_path):
 def test_a_series(tmp_path, prediction):
     series = np.sin(np.linspace(0, 9, 6 * 2 * 32)).reshape(6, 2, 32)
     out = train_and_sample(tmp_path, series, "--channel-mult", "1,2", "--prediction", prediction)
-    assert sorted(p.name for p in out.iterdir()) == ["run.json", "samples_3x2x32.npz"]
+    assert sorted(p.name for p in out.iterdir()) == ["arrays", "run.json", "samples_3x2x32.npz"]
     with np.load(out / "samples_3x2x32.npz") as file:
         assert file["arr_0"].dtype == np.float32 and np.isfinite(file["arr_0"]).all()
         assert file["arr_0"].std() > 1e-5

@@ -56,11 +56,21 @@ def test_gif_moves(tmp_path):
 
 
 def test_npz_has_the_evaluators_layout(tmp_path):
-    array = np.zeros((3, 8, 6, 1), np.uint8)
-    path = images.write_npz(tmp_path, array, np.array([1, 2, 3]))
-    assert path.name == "samples_3x8x6x1.npz"
-    with np.load(path) as file:
-        assert file["arr_0"].shape == array.shape and file["arr_1"].tolist() == [1, 2, 3]
+    """And it is what np.savez writes, though the samples come one by one."""
+    array = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 1), np.uint8)
+    labels = np.array([1, 2, 3])
+    images.write_npz(tmp_path / "a.npz", array.shape, np.uint8, iter(array), labels)
+    with np.load(tmp_path / "a.npz") as file:
+        assert np.array_equal(file["arr_0"], array) and file["arr_1"].tolist() == [1, 2, 3]
+    np.savez(tmp_path / "b.npz", array, labels)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_a_picture_is_read_as_it_was_written(tmp_path):
+    for channels in (1, 3, 4):
+        array = np.random.default_rng(0).integers(0, 256, (5, 7, channels), np.uint8)
+        images.write_png(tmp_path / "a.png", array)
+        assert np.array_equal(images.read_png((tmp_path / "a.png").read_bytes()), array)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

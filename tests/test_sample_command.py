@@ -11,9 +11,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from sampling import pixels, run
 
-from ddpm_fast import cli, noise, sample
+from ddpm_fast import noise
 from ddpm_fast.checkpoint import read_tensors, save_model, write_tensors
 
 QUICK = ["--steps", "5", "--dtype", "float32"]
@@ -22,23 +22,6 @@ QUICK = ["--steps", "5", "--dtype", "float32"]
 @pytest.fixture
 def model_file(class_model_file) -> str:
     return str(class_model_file)
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of the command, in this process."""
-    words = [str(a) for a in arguments]
-    if "--device" not in words:  # what the GPU does is in test_cuda.py
-        words += ["--device", "cpu"]
-    try:
-        status = cli.run(lambda: sample.main(words), "ddpm_fast.sample")
-    except SystemExit as stop:  # argparse's own
-        status = stop.code
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def pixels(path) -> np.ndarray:
-    return np.asarray(Image.open(path))
 
 
 def test_what_a_run_leaves(model_file, tmp_path, capsys):
@@ -272,15 +255,17 @@ def test_a_full_disk_in_a_process_of_its_own(model_file, tmp_path):
         assert path.is_dir() or pixels(path).shape == (8, 8)
 
 
-def test_a_series_goes_to_the_npz_alone(tiny_model, tmp_path, capsys):
-    """A 1-D model leaves an npz, float32 (N, C, L), and no picture."""
+def test_a_series_goes_to_arrays_and_npz(tiny_model, tmp_path, capsys):
+    """A 1-D model leaves float32 arrays and an npz of them (N, C, L), and no picture."""
     save_model(tmp_path / "m.safetensors", tiny_model(in_channels=2, sample_size=(16,)))
     arguments = ["--model", tmp_path / "m.safetensors", "--num-samples", 3, *QUICK]
     status, said, _ = run(capsys, *arguments, "--out", tmp_path / "out")
     name = "samples_3x2x16.npz"
     assert status == 0 and said.strip().endswith(name)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["run.json", name]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["arrays", "run.json", name]
     with np.load(tmp_path / "out" / name) as file:
         assert file["arr_0"].dtype == np.float32 and file["arr_0"].shape == (3, 2, 16)
+        one = np.load(tmp_path / "out" / "arrays" / "000001.npy")
+        assert one.dtype == np.float32 and np.array_equal(file["arr_0"][1], one)
     status, _, err = run(capsys, *arguments, "--out", tmp_path / "gif", "--gif")
     assert status == 2 and "--gif wants pictures" in err and not (tmp_path / "gif").exists()

@@ -96,7 +96,7 @@ def test_seeds_and_samples_differ(model):
 def test_two_streams_of_one_sampler_may_alternate(model):
     sampler = Sampler.from_model(model, **SETTINGS)
     want = [sampler.sample(4, seed=s, batch_size=2) for s in (0, 1)]
-    streams = zip(*(sampler.stream(4, seed=s, batch_size=2) for s in (0, 1)), strict=True)
+    streams = zip(*(sampler.batches(range(4), seed=s, batch_size=2) for s in (0, 1)), strict=True)
     got = [torch.cat(x) for x in zip(*([a[1], b[1]] for a, b in streams), strict=True)]
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 

@@ -12,6 +12,7 @@ from ddpm_fast.unet import (
     Attention,
     Downsample,
     ResBlock,
+    Stage,
     UNet,
     check_inputs,
     timestep_embedding,
@@ -65,6 +66,7 @@ def test_the_embedding_is_the_formula(order, shift):
         {"downsample_padding": "symmetric"},
         {"num_heads": 2},
         {"num_heads": 2, "qkv_order": "heads"},
+        {"timestep_scale": 0.25},
     ],
 )
 def test_a_convention_changes_the_result_and_not_the_weights(change, tiny_unet, tiny_config):
@@ -183,6 +185,45 @@ def test_attention_is_where_it_is_asked_for(levels, middle, want, tiny_config):
     unet = UNet(tiny_config(attention_levels=levels, mid_attention=middle))
     assert count(unet, Attention) == want
     assert (unet.middle[0].attention is not None) == middle
+
+
+def test_attention_on_the_way_up_may_follow_the_last_block_only(tiny_config):
+    unet = UNet(tiny_config(num_res_blocks=2, attention_levels=(True, True), up_attention="last"))
+    stages = [m for m in unet.up if isinstance(m, Stage)]
+    assert [s.attention is not None for s in stages] == 2 * [False, False, True]
+    assert all(m.attention is not None for m in unet.down if isinstance(m, Stage))
+
+
+def test_the_middle_s_attention_may_take_its_input_as_it_is(tiny_unet):
+    layer = tiny_unet(mid_attention_norm=False).middle[0].attention
+    other = tiny_unet().middle[0].attention
+    assert isinstance(layer.norm, torch.nn.Identity) and not isinstance(
+        other.norm, type(layer.norm)
+    )
+    other.load_state_dict(layer.state_dict(), strict=False)
+    x = torch.randn(2, 16, 4, 4)
+    h = layer(x) - x
+    other.norm = torch.nn.Identity()
+    torch.testing.assert_close(other(x) - x, h)
+
+
+def test_scaled_timesteps_are_other_timesteps(tiny_unet):
+    plain, scaled = tiny_unet(), tiny_unet(timestep_scale=0.25)
+    x, t = inputs(plain.config)
+    torch.testing.assert_close(scaled(x, 4 * t), plain(x, t), rtol=0, atol=0)
+    torch.testing.assert_close(scaled(x, t), plain(x, t * 0.25), rtol=0, atol=0)
+
+
+def test_the_embedding_may_have_its_own_width(tiny_unet):
+    unet = tiny_unet(embedding_channels=12)
+    assert unet.time_mlp[0].weight.shape == (48, 12) and unet.time_mlp[2].weight.shape == (48, 48)
+    assert unet.conv_in.weight.shape[0] == 8 and unet(*inputs(unet.config)).shape == (2, 1, 8, 8)
+
+
+def test_levels_of_one_and_a_half_times_the_channels(tiny_unet):
+    unet = tiny_unet(channel_mult=(0.5, 1.5))
+    assert unet.config.level_channels == (4, 12) and unet.config.channel_mult == (0.5, 1.5)
+    assert unet(*inputs(unet.config)).shape == (2, 1, 8, 8)
 
 
 def test_residual_blocks_resample_instead_of_convolutions(tiny_config, tiny_unet):

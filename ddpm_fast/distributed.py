@@ -1,0 +1,96 @@
+"""The processes of one run: who does which batch, through the store of torch's rendezvous.
+
+There is nothing to reduce, so no process group is made: a counter in the store hands out the
+batches, and no process waits for another before the end. torchrun restarts all processes when one
+is lost, and its store outlives them; hence the names that make sure nobody reads what is stale.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+
+import numpy as np
+import torch.distributed as dist
+
+POLL_SECONDS = 0.05  # not a blocking wait, because signals would wait with it
+
+
+class World:
+    """This process among those of its run. A run of one process is a world of size one.
+
+    rank, size, local_rank, local_size: as torchrun counts them.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
+        self.local_rank = _environment("LOCAL_RANK", 0)
+        self.local_size = _environment("LOCAL_WORLD_SIZE", 1)
+        self._run = uuid.uuid4().hex
+        self._answer = b""
+        self._answered = 0
+        if self.size == 1:
+            self._store: dist.Store = dist.HashStore()
+        else:
+            self._store, _, _ = next(dist.rendezvous("env://"))
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def publish(self, plan: bytes) -> None:
+        """Of the leader: what the others are to know before they begin."""
+        self._answer = self._run.encode() + plan
+        self._answer_newcomers()
+
+    def receive(self) -> bytes:
+        """Of the others: what the leader published, once it has."""
+        newcomer = self._store.add("newcomers", 1)
+        while not self._store.check([f"answer/{newcomer}"]):
+            time.sleep(POLL_SECONDS)
+        answer = self._store.get(f"answer/{newcomer}")
+        self._run = answer[: len(self._run)].decode()
+        return answer[len(self._run) :]
+
+    def claims(self, indices: np.ndarray, batch_size: int) -> Iterator[int]:
+        """The indices of this process's batches: each batch is claimed as its first is asked for.
+
+        All processes must give the same sorted `indices` and batch size.
+        """
+        while (first := (self._count("claimed", 1) - 1) * batch_size) < len(indices):
+            yield from indices[first : first + batch_size].tolist()
+
+    def count_steps(self, steps: int) -> int:
+        """Add to the steps that all have done; returns their sum."""
+        if self.leads:
+            self._answer_newcomers()
+        return self._count("steps", steps)
+
+    def others_left(self) -> bool:
+        """Of the leader: whether all others have called `leave`."""
+        self._answer_newcomers()
+        return self._count("left", 0) == self.size - 1
+
+    def leave(self) -> None:
+        """Of the others: all that this process claimed is written."""
+        self._count("left", 1)
+
+    def _count(self, name: str, amount: int) -> int:
+        return self._store.add(f"{self._run}/{name}", amount)
+
+    def _answer_newcomers(self) -> None:
+        """Their numbers are new in every start; a number whose process has died does no harm."""
+        while self._answered < self._store.add("newcomers", 0):
+            self._answered += 1
+            self._store.set(f"answer/{self._answered}", self._answer)
+
+
+def _environment(name: str, default: int) -> int:
+    try:
+        return int(os.environ.get(name, default))
+    except ValueError:
+        raise ValueError(
+            f"{name} is set to {os.environ[name]!r}, and torchrun would set it to a number"
+        ) from None

@@ -1,0 +1,269 @@
+"""What CudaGraphs asks of torch.cuda, and in which order: on a stand-in that notes the calls.
+
+That a GPU then computes the same is shown in test_captured_loop.py.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from ddpm_fast import graphs
+from ddpm_fast.executor import ONE_LAUNCH, CaptureError, Stepper, take_steps
+from ddpm_fast.graphs import CudaGraphs
+
+POOL, CALLER, OWN = (0, 5), "caller's", "own"
+
+
+class Cuda:
+    """The parts of torch.cuda that are used. Of torch's failing captures it has what is nasty: the
+    stream is not put back, and the end raises once more.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[tuple] = []
+        self.current, self.offset = self.stream_named(CALLER), 0
+        self.default_generators = [self]
+
+    def get_offset(self) -> int:
+        return self.offset
+
+    def stream_named(self, name: str) -> object:
+        cuda = self
+
+        class Stream:
+            cuda_stream = name
+
+            def wait_stream(self, other):
+                cuda.log.append((name, "waits for", other.cuda_stream))
+
+            def synchronize(self):
+                cuda.log.append(("host waits for", name))
+
+        return Stream()
+
+    def Stream(self, device):  # torch's names, as they are
+        assert device.index == 0
+        return self.stream_named(OWN)
+
+    def Event(self):
+        cuda = self
+
+        class Event:
+            def record(self):
+                cuda.log.append(("event on", cuda.current.cuda_stream))
+
+            def synchronize(self):
+                cuda.log.append(("host waits for", "event"))
+
+        return Event()
+
+    def CUDAGraph(self, keep_graph=False):
+        cuda = self
+
+        class Graph:
+            def replay(self):
+                cuda.log.append(("replay on", cuda.current.cuda_stream))
+
+            def raw_cuda_graph(self):
+                assert keep_graph
+                return 7
+
+        return Graph()
+
+    def current_stream(self, device):
+        return self.current
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def device(self, device):
+        yield
+
+    @contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.log.append(("capture", pool, stream.cuda_stream, capture_error_mode))
+        before, self.current = self.current, stream
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+        self.current = before
+
+    def graph_pool_handle(self):
+        return POOL
+
+    def memory_snapshot(self):
+        return [
+            {"segment_pool_id": pool, "total_size": size}
+            for pool, size in ((POOL, 11), ((0, 0), 3))
+        ]
+
+    def empty_cache(self):
+        self.log.append(("empty cache",))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    cuda, empty, zeros = Cuda(), torch.empty, torch.zeros
+    for name in dir(cuda):
+        if not name.startswith("_") and hasattr(torch.cuda, name):
+            monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory, **kw: empty(*a, **kw))
+    monkeypatch.setattr(torch, "zeros", lambda *a, device, **kw: zeros(*a, **kw))
+    return cuda
+
+
+@pytest.fixture
+def executor(cuda):
+    return CudaGraphs(torch.device("cuda", 0))
+
+
+JOIN = [(OWN, "waits for", CALLER), (CALLER, "waits for", OWN)]
+CAPTURE = [*JOIN, ("capture", POOL, OWN, "thread_local")]
+
+
+def test_captures_share_a_pool_and_the_stream(cuda, executor):
+    taken = []
+    stepper = Stepper(executor, lambda: taken.append(cuda.current.cuda_stream), list, 7, 3)
+    assert cuda.log == JOIN * 2 + CAPTURE * 2
+    assert taken == [OWN] * (3 + 3 + 1)
+    cuda.log.clear()
+    stepper.advance(7)
+    assert cuda.log == [("replay on", OWN)] * 3 and cuda.current.cuda_stream == CALLER
+    assert executor.memory_held() == 11
+
+
+def test_a_run_comes_between_what_the_caller_queues(cuda, executor):
+    replay = executor.capture(list, 1)
+    cuda.log.clear()
+    take_steps(executor, replay, 3, torch.ones(2), lambda *_: cuda.log.append(("callback",)))
+    copy, step = ("event on", OWN), ("replay on", OWN)
+    seen = [("host waits for", "event"), ("callback",)]
+    queued = [copy, step, copy, step, copy, *seen, step, copy, *seen]  # two states ahead
+    assert cuda.log == [*JOIN, *queued, *seen * 2, *JOIN]
+
+
+def test_a_callback_that_fails_leaves_the_order_right(cuda, executor):
+    replay = executor.capture(list, 1)
+
+    def fails(*_):
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        take_steps(executor, replay, 9, torch.ones(2), fails)
+    assert cuda.log[-2:] == JOIN
+
+
+def test_a_failing_capture_puts_the_stream_back(cuda, executor):
+    def fails():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(CaptureError, match=r"`raise RuntimeError.*: operation not permitted"):
+        executor.capture(fails, 1)
+    assert cuda.current.cuda_stream == CALLER
+    assert cuda.log == CAPTURE
+    executor.capture(list, 1)  # and no lock is left held
+
+
+def test_one_thread_captures_at_a_time(cuda, executor):
+    other, log, inside = CudaGraphs(torch.device("cuda", 0)), [], threading.Event()
+
+    def slow():
+        inside.set()
+        thread.join(0.2)  # it cannot end before this capture does
+        log.append("first")
+
+    thread = threading.Thread(target=lambda: (inside.wait(), second()))
+
+    def second():
+        other.capture(lambda: log.append("second"), 1)
+
+    thread.start()
+    executor.capture(slow, 1)
+    thread.join()
+    assert log == ["first", "second"]
+
+
+class Extension:
+    """With a loop that notes its launches, or that cannot hold the step."""
+
+    def __init__(self, cuda: Cuda, refuses: bool) -> None:
+        self.cuda, self.refuses = cuda, refuses
+
+    def WhileLoop(self, step, remaining):
+        if self.refuses:
+            raise RuntimeError("operation not supported")
+        assert step == 7
+        return self
+
+    def launch(self, stream):
+        self.cuda.log.append(("loop on", stream))
+
+
+@pytest.mark.parametrize("obstacle", ["", "runtime", "node", "generator"])
+def test_the_loop_as_one_launch_or_the_next_simpler_form(cuda, executor, monkeypatch, obstacle):
+    monkeypatch.setattr(graphs, "while_loop_obstacle", lambda: "old" * (obstacle == "runtime"))
+    monkeypatch.setattr(graphs.backends, "extension", Extension(cuda, obstacle == "node"))
+
+    def step():
+        cuda.offset += obstacle == "generator"
+
+    stepper = Stepper(executor, step, list, 7, "all")
+    assert stepper.form == ("a step a launch" if obstacle else ONE_LAUNCH)
+    cuda.log.clear()
+    stepper.advance(7)
+    assert cuda.log == ([("replay on", OWN)] * 7 if obstacle else [("loop on", OWN)])
+
+
+def test_release(cuda, executor):
+    executor.synchronize()
+    executor.release()
+    assert cuda.log == [("host waits for", OWN), ("empty cache",)]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_caches_nothing_in_a_capture(cuda, executor, enabled):
+    before, seen = torch.is_autocast_cache_enabled(), []
+    torch.set_autocast_cache_enabled(enabled)
+    try:
+        executor.warm_up(lambda: seen.append(torch.is_autocast_cache_enabled()), 1)
+        executor.capture(lambda: seen.append(torch.is_autocast_cache_enabled()), 1)
+        assert seen == [False, False] and torch.is_autocast_cache_enabled() == enabled
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_what_is_asked_for_is_what_captures(cuda, backend):
+    device = torch.device("cuda", 0)
+    made, obstacle = graphs.make_executor(device, backend, True, None)
+    assert isinstance(made, CudaGraphs) and not obstacle
+    made, obstacle = graphs.make_executor(device, backend, False, None)
+    assert not made.captures and obstacle == "not asked for"
+    with pytest.raises(ValueError, match="reference draws its noise on the host"):
+        graphs.make_executor(device, "reference", True, None)
+    with pytest.warns(UserWarning, match="step by step: the backend reference"):
+        made, obstacle = graphs.make_executor(device, "reference", "auto", None)
+    assert not made.captures and "cannot be captured" in obstacle
+
+
+def test_without_kernels_graphs_are_refused(monkeypatch):
+    monkeypatch.setattr(graphs.backends, "extension", None)
+    monkeypatch.setattr(graphs.backends, "triton_obstacle", lambda: "triton is not installed")
+    monkeypatch.delenv("DDPM_FAST_BACKEND", raising=False)
+    graphs.backends._resolve.cache_clear()
+    try:
+        with pytest.raises(graphs.backends.BackendError, match=r"is missing.*triton is not"):
+            graphs.resolve_backend(torch.device("cuda", 0), "auto", True)
+    finally:
+        graphs.backends._resolve.cache_clear()
