@@ -1,4 +1,5 @@
 // GroupNorm with SiLU for torch: its checks, and the kernel over a sample's groups in parallel.
+#include <algorithm>
 #include <vector>
 
 #include "torch_run.h"
@@ -7,6 +8,9 @@ namespace ddpm_fast {
 namespace {
 
 constexpr int64_t kGrainElements = 16384;  // that are worth a thread
+// Of a piece of a sample, about. Its shape alone decides the pieces, because the sums of a piece
+// are added in an order of its own, and a sample's bits must not depend on its place.
+constexpr int64_t kPieceElements = 65536;
 
 // (N, C, ...) like `like`, whose elements lie without gaps, the channels innermost.
 void require_channels_last(const char* name, const Tensor& t, const Tensor& like) {
@@ -74,15 +78,21 @@ void group_norm(Tensor out, Tensor x, std::optional<Tensor> skip, std::optional<
   args.eps = eps;
   args.silu = silu;
   args.dtype = dtype == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16;
-  const int64_t group_elements = shape.elements() / groups;
-  if (group_elements == 0) return;
+  const int64_t elements = shape.elements();
+  if (elements == 0) return;
+  const int64_t wanted = std::clamp(elements / kPieceElements, int64_t{1}, groups);
+  const int64_t each = (groups + wanted - 1) / wanted, pieces = (groups + each - 1) / each;
   const CpuKernels& kernels = cpu_kernels();
-  torch::stable::parallel_for(0, shape.samples * groups,
-                              (kGrainElements + group_elements - 1) / group_elements,
-                              [&](int64_t begin, int64_t end) {
-                                std::vector<float> memory(4 * norm_row(shape.channels));
-                                kernels.group_norm(args, begin, end, memory.data());
-                              });
+  torch::stable::parallel_for(
+      0, shape.samples * pieces, (kGrainElements * pieces + elements - 1) / elements,
+      [&](int64_t begin, int64_t end) {
+        std::vector<float> memory(4 * norm_row(shape.channels));
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t sample = i / pieces * groups, first = i % pieces * each;
+          kernels.group_norm(args, sample + first, sample + std::min(first + each, groups),
+                             memory.data());
+        }
+      });
 }
 
 }  // namespace ddpm_fast

@@ -50,7 +50,11 @@ class LocalFolder:
             return
         with entries:
             for entry in entries:
-                if entry.is_file() and entry.stat().st_size:
+                try:
+                    empty = not entry.is_file() or entry.stat().st_size == 0
+                except FileNotFoundError:  # another run has renamed or removed it by now
+                    continue
+                if not empty:
                     yield entry.name
 
     def read(self, name: str) -> bytes:

@@ -120,7 +120,7 @@ class Norm(nn.Module):
         self.groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
         self.weight = norm.weight.detach().float().clone()
         self.bias = norm.bias.detach().float().clone()
-        self.backend, _ = ops.resolve_backend("cpu")
+        self.backend = "cpu" if ops.is_available() else "reference"
         self.is_fused = self.backend == "cpu"
 
     def forward(

@@ -116,6 +116,8 @@ class Output:
         if earlier is None:
             return f"a run, but its {record.NAME} cannot be read", None
         changed = record.differences(earlier["decides"], run["decides"])
+        if changed and not any("/" in name for name in self._written()):
+            return "", None  # it has left no sample that could be mixed with others
         return (f"a run of other settings ({changed})" if changed else ""), earlier
 
     def _written(self) -> Iterator[str]:

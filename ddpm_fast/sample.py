@@ -251,10 +251,12 @@ def run_samples(
                 "of_which_capturing": round(sampler.capture_seconds, 3),
                 "images_per_second": round(n / seconds, 3),
             }
-        indices = torch.arange(output.indices.start, output.indices.stop)
-        labels = None if classes is None else sampler.labels(indices, classes).numpy()
+        labels = None
+        if classes is not None:
+            index = output.indices.start + torch.arange(len(output.indices))
+            labels = sampler.labels(index, classes).numpy()
         shown = output.finish(labels, run)
-    if sampler.graphs:
+    if sampler.graphs and n:
         held = sampler.memory_held / 2**20
         say(f"captured, {', '.join(sampler.loops.forms)}: {held:.0f} MiB held on {sampler.device}")
     done = f"{n} samples in {seconds:.1f} s ({n / seconds:.2f} images/s)"

@@ -214,12 +214,15 @@ class Sampler:
                     f"this model always needs a class: give some of 0 to {self.num_classes - 1}"
                 )
             return torch.full_like(index, self.null_class)
+        if not len(classes):
+            raise ValueError("classes must have at least one; None asks for none")
         for label in classes:
-            if not 0 <= label < self.num_classes:
+            if isinstance(label, bool) or label not in range(self.num_classes):
                 raise ValueError(
                     f"there is no class {label}: this model has 0 to {self.num_classes - 1}"
                 )
-        return torch.tensor(classes, dtype=torch.int64)[index % len(classes)]
+        classes = torch.tensor([int(label) for label in classes], dtype=torch.int64)
+        return classes[index % len(classes)]
 
     def stream(self, indices: Iterable[int], **settings: object) -> Iterator[tuple[int, Tensor]]:
         """Yield (sample index, x_0 (C, *size) float32), each once, as their batches end.

@@ -18,7 +18,7 @@ class TimeTable:
     """The projections of all blocks side by side, as a float32 row for each (timestep, class).
 
     A row does not depend on what it was first asked for with: those of the expected timesteps are
-    computed together for each class, any other by itself.
+    computed together for each class if all classes' fit, any other by itself.
     """
 
     def __init__(self, unet: UNet) -> None:
@@ -43,9 +43,13 @@ class TimeTable:
         """Be ready for these."""
         self._place = {t: i for i, t in enumerate(dict.fromkeys(timesteps))}
         self._tables.clear()
-        if not self.config.num_classes:
+        classes = (self.config.num_classes or 0) + 1
+        if classes * len(self._place) * len(self._bias) > MAX_VALUES:
+            self._place.clear()
+        elif not self.config.num_classes:
             self._tables[None] = self._compute(list(self._place), None)
 
+    @torch.no_grad()
     def _compute(self, timesteps: list[float], label: int | None) -> Tensor:
         t = torch.tensor(timesteps, dtype=torch.float64)
         labels = None if label is None else torch.full_like(t, label, dtype=torch.int64)
@@ -53,19 +57,19 @@ class TimeTable:
         return F.linear(emb, self._weight, self._bias)
 
     def _row(self, t: float, label: int | None) -> Tensor:
-        """(1, columns); the oldest make room for it."""
+        """(1, columns)."""
         place = self._place.get(t)
-        if place is None:
-            if (t, label) not in self._others:
-                if len(self._others) * len(self._bias) > MAX_VALUES:
-                    self._others.pop(next(iter(self._others)))
-                self._others[t, label] = self._compute([t], label)
-            return self._others[t, label]
-        if label not in self._tables:
-            if len(self._tables) * len(self._place) * len(self._bias) > MAX_VALUES:
-                self._tables.pop(next(iter(self._tables)))
-            self._tables[label] = self._compute(list(self._place), label)
-        return self._tables[label][place : place + 1]
+        if place is not None:
+            table = self._tables.get(label)
+            if table is None:
+                table = self._tables[label] = self._compute(list(self._place), label)
+            return table[place : place + 1]
+        row = self._others.get((t, label))
+        if row is None:
+            if len(self._others) * len(self._bias) > MAX_VALUES:
+                self._others.clear()
+            row = self._others[t, label] = self._compute([t], label)
+        return row
 
     def __call__(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
         """The rows of t (N,) and class_labels (N,) or None; a single one where all are equal."""

@@ -17,6 +17,7 @@ def workers(threads: int) -> ThreadPoolExecutor:
 
     def begin() -> None:
         torch.set_num_threads(1)
+        torch.get_num_threads()  # sets this thread up, which else happens later and forgets the 1
         ready.wait()
 
     before = torch.get_num_threads()

@@ -7,13 +7,14 @@ import sys
 import pytest
 import torch
 
-from ddpm_fast import backend
+from ddpm_fast import backend, time_table
 from ddpm_fast.checkpoint import load_model
 from ddpm_fast.fused_blocks import FusedAttention
 from ddpm_fast.inference import FusedUNet, prepare, unfused
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.unet import Attention, UNet
 from ddpm_fast.unet_config import UNetConfig
+from ddpm_fast.workers import workers
 
 CPU = torch.device("cpu")
 T = torch.tensor([0, 1, 10, 100, 500, 999])
@@ -222,6 +223,42 @@ def test_a_sample_does_not_depend_on_its_place(dtype, batch_size, two_threads, c
     whole = sampler.sample(9, start=36, **settings)
     for start in (37, 40, 42):
         assert torch.equal(sampler.sample(6, start=start, **settings)[42 - start], whole[6])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_place_in_an_odd_batch_changes_no_bit(dtype, threads, two_threads):
+    """Of the shipped model's size, where layers are cut among threads and groups among cores."""
+    torch.set_num_threads(threads)
+    network = prepare(load_model("mnist").unet, CPU, dtype)
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(1, 1, 28, 28, generator=generator).to(dtype)
+    for batch_size in (3, 6, 7):
+        outputs = []
+        for place in range(batch_size):
+            x = torch.randn(batch_size, 1, 28, 28, generator=generator).to(dtype)
+            x[place] = one[0]
+            t, labels = torch.full((batch_size,), 500), torch.full((batch_size,), 3)
+            outputs.append(network(x, t, labels)[place])
+        assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_each_worker_uses_one_core(two_threads):
+    assert set(workers(2).map(lambda _: torch.get_num_threads(), range(8))) == {1}
+    assert torch.get_num_threads() == 2
+
+
+def test_a_table_of_too_many_classes_is_made_row_by_row(tiny_config, monkeypatch):
+    unet = randomized(tiny_config(num_classes=3, null_class="row"))
+    wanted = prepare(unet, CPU, F32)
+    wanted.expect(range(100))
+    monkeypatch.setattr(time_table, "MAX_VALUES", 100)
+    network = prepare(unet, CPU, F32)
+    network.expect(range(100))
+    x, _, labels = inputs(unet.config, 3)
+    t = torch.tensor([7, 3, 99])
+    torch.testing.assert_close(network(x, t, labels), wanted(x, t, labels))
+    assert not network.table._tables
 
 
 def test_what_is_prepared_is_a_copy(tiny_config):

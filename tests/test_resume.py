@@ -190,6 +190,14 @@ def test_every_other_setting_is_named(arguments, tmp_path, capsys):
         assert words in err
 
 
+def test_a_run_that_left_no_sample_binds_nobody(arguments, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(capsys, *arguments, "--seed", 9)[0] == 0
+    for picture in (out / "images").iterdir():
+        picture.unlink()
+    assert run(capsys, *arguments)[0] == 0 and contents(out) == whole
+
+
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"decides": 3}', "9" * 5000])
 def test_samples_of_unknown_origin(arguments, whole, tmp_path, capsys, text):
     out = tmp_path / "out"

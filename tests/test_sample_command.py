@@ -269,3 +269,10 @@ def test_a_series_goes_to_arrays_and_npz(tiny_model, tmp_path, capsys):
         assert one.dtype == np.float32 and np.array_equal(file["arr_0"][1], one)
     status, _, err = run(capsys, *arguments, "--out", tmp_path / "gif", "--gif")
     assert status == 2 and "--gif wants pictures" in err and not (tmp_path / "gif").exists()
+
+
+def test_the_last_sample_of_a_seed(class_model_file, tmp_path, capsys):
+    last = 2**63 - 1
+    words = ["--start", last, "--num-samples", 1, "--class", "1", "--npz", "--out", tmp_path / "o"]
+    assert run(capsys, "--model", class_model_file, *words, *QUICK)[0] == 0
+    assert (tmp_path / "o" / "images" / f"{last}.png").exists()

@@ -226,6 +226,9 @@ def test_a_conditional_network_of_ones_own():
         ({"start": -1}, "first sample"),
         ({"classes": [3]}, "no class 3"),
         ({"classes": [-1]}, "no class -1"),
+        ({"classes": []}, "at least one"),
+        ({"classes": [True]}, "no class True"),
+        ({"classes": "1"}, "no class 1"),
     ],
 )
 def test_bad_runs_are_refused_in_a_sentence(model, changes, message):
