@@ -226,7 +226,9 @@ def test_the_end_of_the_job_and_another_number_of_processes(arguments, tmp_path,
     there = len([*out.glob("images/*.png")])
     assert 10 <= there < 150
     told = said[0].splitlines()[-1]
-    assert told.startswith("ddpm_fast.sample: stopped: ") and said[1:] == ["", ""]
+    assert told.startswith("ddpm_fast.sample: stopped: ")
+    # The others leave the telling to the leader; one that was still starting says so.
+    assert set(said[1:]) <= {"", "ddpm_fast.sample: stopped\n"}
     assert " of 150 samples are in " in told
     processes = start_ranks(2, [*arguments, "--overwrite"])  # of nothing, here
     said = [process.communicate(timeout=120) for process in processes]
