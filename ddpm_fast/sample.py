@@ -158,14 +158,22 @@ def make_sampler(args: argparse.Namespace, model: Model, device: torch.device) -
 
 
 @contextmanager
-def telling(output: Output, world: World) -> Iterator[None]:
-    """Let what ends the run say how much of it is there; of a signal, the leader alone tells."""
+def one_voice(world: World) -> Iterator[None]:
+    """Of a signal, which all processes get, the leader alone tells."""
+    try:
+        yield
+    except cli.Stopped as stop:
+        raise cli.Stopped(stop.number, str(stop) if world.leads else "") from None
+
+
+@contextmanager
+def telling(output: Output) -> Iterator[None]:
+    """Let what ends the run say how much of it is there."""
     try:
         yield
     except cli.Stopped as stop:
         output.stop()
-        message = f"stopped: {output.standing()}" if world.leads else ""
-        raise cli.Stopped(stop.number, message) from None
+        raise cli.Stopped(stop.number, f"stopped: {output.standing()}") from None
     except OSError as error:
         output.stop()
         raise OSError(f"{error.strerror or error}: {output.standing()}") from error
@@ -237,7 +245,7 @@ def run_samples(
     n, classes = len(missing), settings["classes"]
     if 0 < n <= settings["batch_size"] * (world.size - 1):
         say("there are fewer batches than processes: a smaller --batch-size would occupy all")
-    with telling(output, world):
+    with telling(output):
         began = time.perf_counter()
         draw(sampler, output, world, missing, settings, args.quiet)
         if not world.leads:
@@ -269,6 +277,13 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--init and --strength belong together: give both, or neither")
     indices = sample_range(args.start, args.num_samples)
     world = World()
+    with one_voice(world):
+        draw_all(args, indices, world)
+    return 0
+
+
+def draw_all(args: argparse.Namespace, indices: range, world: World) -> None:
+    """This process's part of the run."""
     set_threads(args.threads, world)
     device = resolve_device(args.device, world.local_rank if world.size > 1 else None)
     if device.index is not None:
@@ -296,7 +311,6 @@ def main(argv: list[str] | None = None) -> int:
         gif=args.gif,
     ) as output:
         run_samples(args, world, sampler, output, run, settings)
-    return 0
 
 
 if __name__ == "__main__":
