@@ -11,11 +11,24 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch.distributed as dist
 
 POLL_SECONDS = 0.05  # not a blocking wait, because signals would wait with it
+
+
+class OthersGoneError(RuntimeError):
+    """The store does not answer: the process that holds it has ended."""
+
+
+@contextmanager
+def _asking() -> Iterator[None]:
+    try:
+        yield
+    except dist.DistError:
+        raise OthersGoneError("the other processes are gone") from None
 
 
 class World:
@@ -45,6 +58,7 @@ class World:
         self._answer = self._run.encode() + plan
         self._answer_newcomers()
 
+    @_asking()
     def receive(self) -> bytes:
         """Of the others: what the leader published, once it has."""
         newcomer = self._store.add("newcomers", 1)
@@ -77,9 +91,11 @@ class World:
         """Of the others: all that this process claimed is written."""
         self._count("left", 1)
 
+    @_asking()
     def _count(self, name: str, amount: int) -> int:
         return self._store.add(f"{self._run}/{name}", amount)
 
+    @_asking()
     def _answer_newcomers(self) -> None:
         """Their numbers are new in every start; a number whose process has died does no harm."""
         while self._answered < self._store.add("newcomers", 0):

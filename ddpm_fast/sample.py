@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed import DistError
 
 from . import cli
 from .arguments import count
@@ -22,7 +21,7 @@ from .backend import NAMES
 from .checkpoint import Model, load_model
 from .data import Dataset, load_dataset
 from .device import DTYPES, resolve_device, resolve_dtype
-from .distributed import World
+from .distributed import OthersGoneError, World
 from .methods import METHODS
 from .output import Output, frame_stride
 from .progress import Progress
@@ -177,8 +176,8 @@ def telling(output: Output) -> Iterator[None]:
     except OSError as error:
         output.stop()
         raise OSError(f"{error.strerror or error}: {output.standing()}") from error
-    except DistError:
-        raise RuntimeError(f"the other processes are gone: {output.standing()}") from None
+    except OthersGoneError as error:
+        raise OthersGoneError(f"{error}: {output.standing()}") from None
 
 
 def missing_samples(

@@ -11,6 +11,7 @@ import threading
 import time
 from itertools import chain, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from sampling import contents, run
 
 from ddpm_fast import distributed, sample
 from ddpm_fast.device import resolve_device
-from ddpm_fast.distributed import World
+from ddpm_fast.distributed import OthersGoneError, World
 from ddpm_fast.folder import LOCK
 from ddpm_fast.progress import Progress
 
@@ -157,7 +158,8 @@ def test_processes_share_out_the_gpus(monkeypatch):
     assert str(resolve_device("cuda:1", 0)) == "cuda:1" and str(resolve_device("auto")) == "cuda"
 
 
-COMMON = ["--num-samples", 150, "--batch-size", 4, "--steps", 10, "--dtype", "float32", "--npz"]
+SAMPLES = 400  # enough that all processes have some, however late they start
+COMMON = ["--num-samples", SAMPLES, "--batch-size", 4, "--steps", 10, "--dtype", "float32", "--npz"]
 COMMON += ["--device", "cpu", "--threads", 1]  # whose number can change a last bit
 
 
@@ -243,22 +245,39 @@ def test_the_end_of_the_job_and_another_number_of_processes(arguments, tmp_path,
     said = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [143] * 3
     there = len([*out.glob("images/*.png")])
-    assert 10 <= there < 150
+    assert 10 <= there < SAMPLES
     told = said[0].splitlines()[-1]
     assert told.startswith("ddpm_fast.sample: stopped: ") and said[1:] == ["", ""]
-    assert " of 150 samples are in " in told
+    assert f" of {SAMPLES} samples are in " in told
     processes = start_ranks(2, [*arguments, "--overwrite"])  # of nothing, here
     said = [process.communicate(timeout=120) for process in processes]
-    assert said[0][0].startswith(f"{150 - there} samples in ") and said[1] == ("", "")
+    assert said[0][0].startswith(f"{SAMPLES - there} samples in ") and said[1] == ("", "")
     assert contents(out) == whole
 
 
+@in_proc
 def test_the_others_end_when_the_leader_is_gone(arguments, tmp_path):
     """Without torchrun nobody ends them: they do when they ask for more work."""
-    leader, other = start_ranks(2, arguments)
+    leader, other = processes = start_ranks(2, [*arguments, "--num-samples", 5000])
+    wait_until_all_draw(processes, tmp_path / "out")
     wait_for(tmp_path / "out", 10)
     leader.kill()
     leader.communicate()
     _, err = other.communicate(timeout=120)
     assert other.returncode == 1
-    assert err.splitlines()[-1].startswith("ddpm_fast.sample: the other processes are gone: ")
+    said = err.splitlines()[-1]
+    assert said.startswith("ddpm_fast.sample: the other processes are gone: ")
+    assert " of 5000 samples are in " in said
+
+
+def test_the_leader_is_gone_before_it_answers(worlds, monkeypatch):
+    """The store is the leader's: whatever is asked of it then says so in our words."""
+    other = worlds(2)[1]
+
+    def lost(*_: object) -> None:
+        raise dist.DistNetworkError("Failed to recv, got 0 bytes.")
+
+    monkeypatch.setattr(other, "_store", SimpleNamespace(add=lost, check=lost, get=lost))
+    for ask in (other.receive, other.leave, lambda: next(other.claims(np.arange(3), 1))):
+        with pytest.raises(OthersGoneError, match=r"^the other processes are gone$"):
+            ask()
