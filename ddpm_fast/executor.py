@@ -26,6 +26,7 @@ class Executor:
 
     captures = False
     ahead = 0  # states that may be on their way to the host while further steps are queued
+    loop_obstacle = "nothing is captured"  # what `capture_loop` found in its way
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -47,7 +48,7 @@ class Executor:
         return replay
 
     def capture_loop(self, step: Step) -> Replay | None:
-        """A step that one launch repeats; None where the device cannot do that."""
+        """A step that one launch repeats; None where that cannot be, and `loop_obstacle` why."""
         return None
 
     def join(self) -> None:
@@ -64,7 +65,7 @@ class Executor:
         return x.cpu
 
     def synchronize(self) -> None:
-        """Wait for all that was replayed."""
+        """Wait for all that was queued on the device, on whatever stream."""
 
     def memory_held(self) -> int:
         """Bytes on the device that captures keep for themselves."""

@@ -6,6 +6,7 @@ That a GPU then computes the same is shown in test_captured_loop.py.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from contextlib import contextmanager
 
 import pytest
@@ -16,17 +17,21 @@ from ddpm_fast.executor import ONE_LAUNCH, CaptureError, Stepper, take_steps
 from ddpm_fast.graphs import CudaGraphs
 
 POOL, CALLER, OWN = (0, 5), "caller's", "own"
+REFUSED = "operation not permitted when stream is capturing"
 
 
 class Cuda:
-    """The parts of torch.cuda that are used. Of torch's failing captures it has what is nasty: the
-    stream is not put back, and the end raises once more.
+    """The parts of torch.cuda that are used. Of the captures that CUDA refuses it has what is nasty
+    in torch 2.11: the stream is not put back, the end raises once more, and the allocator and the
+    generator still take the process for one that captures.
     """
 
     def __init__(self) -> None:
         self.log: list[tuple] = []
         self.current, self.offset = self.stream_named(CALLER), 0
         self.default_generators = [self]
+        self.pools, self.recording, self.shares = 0, set(), Counter()
+        self.generator_captures = False
 
     def get_offset(self) -> int:
         return self.offset
@@ -39,9 +44,6 @@ class Cuda:
 
             def wait_stream(self, other):
                 cuda.log.append((name, "waits for", other.cuda_stream))
-
-            def synchronize(self):
-                cuda.log.append(("host waits for", name))
 
         return Stream()
 
@@ -65,6 +67,12 @@ class Cuda:
         cuda = self
 
         class Graph:
+            ended = False
+
+            def pool(self):
+                if not self.ended:
+                    raise RuntimeError("without a preceding successful capture")
+
             def replay(self):
                 cuda.log.append(("replay on", cuda.current.cuda_stream))
 
@@ -92,15 +100,45 @@ class Cuda:
     @contextmanager
     def graph(self, graph, pool, stream, capture_error_mode):
         self.log.append(("capture", pool, stream.cuda_stream, capture_error_mode))
+        if pool in self.recording:
+            raise RuntimeError("already recording to mempool_id")
         before, self.current = self.current, stream
+        self.recording.add(pool)
+        self.shares[pool] += 1
+        self.generator_captures = True
         try:
             yield
-        except RuntimeError:
-            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+        except RuntimeError as error:
+            if REFUSED in str(error):
+                raise RuntimeError("failed due to a previous error during capture")  # noqa: B904
+            self._end(graph, pool)
+            raise
+        self._end(graph, pool)
         self.current = before
 
+    def _end(self, graph, pool):
+        self.recording.remove(pool)
+        graph.ended, self.generator_captures = True, False
+
+    def end_allocate(self, index, pool):
+        assert index == 0
+        if pool not in self.recording:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.recording.remove(pool)
+
+    def release_pool(self, index, pool):
+        assert index == 0
+        self.shares[pool] -= 1
+
     def graph_pool_handle(self):
-        return POOL
+        self.pools += 1
+        return (0, POOL[1] + self.pools - 1)
+
+    def get_allocator_backend(self):
+        return "native"
+
+    def synchronize(self, device):
+        self.log.append(("host waits for", "device"))
 
     def memory_snapshot(self):
         return [
@@ -120,6 +158,8 @@ def cuda(monkeypatch):
             monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory, **kw: empty(*a, **kw))
     monkeypatch.setattr(torch, "zeros", lambda *a, device, **kw: zeros(*a, **kw))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", cuda.end_allocate, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", cuda.release_pool, raising=False)
     return cuda
 
 
@@ -166,13 +206,33 @@ def test_a_callback_that_fails_leaves_the_order_right(cuda, executor):
 
 def test_a_failing_capture_puts_the_stream_back(cuda, executor):
     def fails():
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise RuntimeError(REFUSED)
 
     with pytest.raises(CaptureError, match=r"`raise RuntimeError.*: operation not permitted"):
         executor.capture(fails, 1)
     assert cuda.current.cuda_stream == CALLER
-    assert cuda.log == CAPTURE
+    assert cuda.log[: len(CAPTURE)] == CAPTURE
     executor.capture(list, 1)  # and no lock is left held
+
+
+def test_a_failing_capture_leaves_nothing_capturing(cuda, executor):
+    """Else torch's generator draws no more in the process, and nothing else is captured in it."""
+
+    def refused():
+        raise RuntimeError(REFUSED)
+
+    def mistaken():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    executor.capture(list, 1)
+    for step in (refused, mistaken, refused):
+        with pytest.raises(CaptureError):
+            executor.capture(step, 1)
+        assert not cuda.recording and not cuda.generator_captures
+    # Those that did end, though their step had failed, give their share back when they are gone.
+    assert cuda.shares[POOL] == 1 and cuda.shares[(0, POOL[1] + 1)] == 1
+    executor.capture(list, 1)
+    assert executor.memory_held() == 11  # in the pool of the first
 
 
 def test_one_thread_captures_at_a_time(cuda, executor):
@@ -220,6 +280,7 @@ def test_the_loop_as_one_launch_or_the_next_simpler_form(cuda, executor, monkeyp
 
     stepper = Stepper(executor, step, list, 7, "all")
     assert stepper.form == ("a step a launch" if obstacle else ONE_LAUNCH)
+    assert bool(executor.loop_obstacle) == bool(obstacle)
     cuda.log.clear()
     stepper.advance(7)
     assert cuda.log == ([("replay on", OWN)] * 7 if obstacle else [("loop on", OWN)])
@@ -228,7 +289,13 @@ def test_the_loop_as_one_launch_or_the_next_simpler_form(cuda, executor, monkeyp
 def test_release(cuda, executor):
     executor.synchronize()
     executor.release()
-    assert cuda.log == [("host waits for", OWN), ("empty cache",)]
+    assert cuda.log == [("host waits for", "device"), ("empty cache",)]
+
+
+def test_memory_without_an_account(executor, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: pytest.fail("it has none"))
+    assert executor.memory_held() == 0
 
 
 @pytest.mark.parametrize("enabled", [True, False])
