@@ -90,7 +90,7 @@ def test_with_triton_kernels(class_model, captures, settings):
 def test_the_loop_is_one_launch(class_model):
     sampler = make(class_model, steps_per_graph=WHOLE)
     sampler.sample(4, **RUN)
-    assert sampler.loops.forms == [ONE_LAUNCH]
+    assert sampler.loops.forms == [ONE_LAUNCH], sampler.loops.executor.loop_obstacle
 
 
 def test_replays_repeat_and_differ_as_their_seeds_do(class_model, captures):
@@ -235,6 +235,10 @@ def test_values_that_are_not_finite_are_named(graphs):
         sampler.sample(4, start=5, batch_size=4)
 
 
+def small(x, t):
+    return 0.1 * x
+
+
 def foreign(network, graphs):
     settings = {"device": "cuda", "backend": "cuda", "graphs": graphs}
     return Sampler(network, NoiseSchedule.linear(20), (1, 2, 2), **settings)
@@ -244,11 +248,19 @@ def foreign(network, graphs):
     "network, name", [(Network(), r"module blocks\.1 \(Reads\)"), (reading, r"x\.mean\(\)")]
 )
 def test_what_cannot_be_captured_is_named(network, name):
-    before = torch.cuda.current_stream()
-    with pytest.raises(CaptureError, match=name):
-        foreign(network, True).sample(1)
+    before, good = torch.cuda.current_stream(), foreign(small, True)
+    want = good.sample(4)
+    sampler = foreign(network, True)
+    for _ in range(2):  # the second time as the first
+        with pytest.raises(CaptureError, match=name):
+            sampler.sample(1)
     assert torch.cuda.current_stream() == before
-    assert torch.randn(3, device="cuda").isfinite().all()  # torch's generator is not left captured
+    # Neither torch's generator nor its allocators take the process for one that captures.
+    assert torch.randn(3, device="cuda").isfinite().all()
+    assert torch.empty(3, pin_memory=True).is_pinned()
+    torch.cuda.empty_cache()
+    assert same_bits(good.sample(4), want)
+    assert same_bits(foreign(small, True).sample(4), want)
 
 
 def test_auto_falls_back_with_one_warning():
