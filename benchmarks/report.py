@@ -111,7 +111,7 @@ def sampling() -> str:
 
 
 def captured() -> str:
-    """One line a network, batch and engine; the ratio is to diffusers' eager bfloat16 loop."""
+    """One line a network, batch and engine; the ratio is to the peer's eager bfloat16 loop."""
     document = _read("captured")
     if document is None:
         return ""
@@ -120,18 +120,20 @@ def captured() -> str:
         f"Sampling loops on a GPU, whose bfloat16 matrix product reaches "
         f"{figures['peak_tflops']:.0f} TFLOP/s: {_where(document)}.",
         "",
-        "| network | batch | loop | ms a step | against diffusers bfloat16 | images/s, 1000 steps "
-        "| launches a step | GPU idle | share of peak | prepared in s | peak MiB |",
-        "|---" * 11 + "|",
+        f"| network | batch | loop | ms a step | against {figures['peer']} bfloat16 "
+        f"| images/s, 1000 steps | images/s, {figures['steps']} steps | launches a step | GPU idle "
+        "| share of peak | prepared in s | peak MiB |",
+        "|---" * 12 + "|",
     ]
     for network, batches in figures["models"].items():
         for batch, loops in sorted(batches.items(), key=lambda item: int(item[0])):
-            peer = loops.get("diffusers bfloat16", {}).get("ms_per_step")
+            peer = loops.get(f"{figures['peer']} bfloat16", {}).get("ms_per_step")
             for name, row in loops.items():
                 ratio = f"{peer / row['ms_per_step']:.2f}x" if peer else ""
                 lines.append(
                     f"| {network} | {batch} | {name} | {row['ms_per_step']:.3f} | {ratio} "
-                    f"| {row['images_per_second_1000']:.2f} | {row['launches']:.0f} "
+                    f"| {row['images_per_second_1000']:.2f} "
+                    f"| {row[f'images_per_second_{figures["steps"]}']:.1f} | {row['launches']:.0f} "
                     f"| {100 * row['idle']:.0f} % | {100 * row['share_of_peak']:.1f} % "
                     f"| {row['prepared_seconds']:.1f} | {row['peak_mib']:.0f} |"
                 )
