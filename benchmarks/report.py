@@ -116,6 +116,7 @@ def captured() -> str:
     if document is None:
         return ""
     figures = document["figures"]
+    few = f"images_per_second_{figures['steps']}"
     lines = [
         f"Sampling loops on a GPU, whose bfloat16 matrix product reaches "
         f"{figures['peak_tflops']:.0f} TFLOP/s: {_where(document)}.",
@@ -133,7 +134,7 @@ def captured() -> str:
                 lines.append(
                     f"| {network} | {batch} | {name} | {row['ms_per_step']:.3f} | {ratio} "
                     f"| {row['images_per_second_1000']:.2f} "
-                    f"| {row[f'images_per_second_{figures["steps"]}']:.1f} | {row['launches']:.0f} "
+                    f"| {row[few]:.1f} | {row['launches']:.0f} "
                     f"| {100 * row['idle']:.0f} % | {100 * row['share_of_peak']:.1f} % "
                     f"| {row['prepared_seconds']:.1f} | {row['peak_mib']:.0f} |"
                 )
