@@ -20,7 +20,8 @@ CAPTURABLE = ("cuda", "triton")  # backends
 
 _TORCH = os.path.dirname(torch.__file__)
 
-# torch.cuda.graph synchronises the device, which would break another thread's capture.
+# torch.cuda.graph synchronises the device, which would break another thread's capture, and so may
+# what a warm-up is the first to do: create a library's handle, load a kernel.
 _one_capture = threading.Lock()
 
 # Graphs whose capture failed: torch's allocator of pinned memory may go on asking them.
@@ -63,7 +64,7 @@ class CudaGraphs(Executor):
 
     def warm_up(self, step: Step, count: int) -> None:
         self.join()
-        with self._queueing(), _no_autocast_cache():
+        with self._queueing(), _one_capture, _no_autocast_cache():
             for _ in range(count):
                 step()
         self.join()

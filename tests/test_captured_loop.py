@@ -158,7 +158,7 @@ def test_several_threads(class_model):
         job: make(class_model, graphs=False).sample(9, seed=job[0], batch_size=job[1])
         for job in jobs
     }
-    got, stop, errors = {}, threading.Event(), []
+    got, errors, begun, stop = {}, [], threading.Event(), threading.Event()
 
     def run(job):
         try:
@@ -174,10 +174,13 @@ def test_several_threads(class_model):
                 a = torch.ones(256, 256, device="cuda")
                 (a @ a).sum()
                 torch.cuda.current_stream().synchronize()
+                begun.set()  # what it is the first to do may synchronise the device
 
     beside = threading.Thread(target=other_work)
     threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
-    for thread in (beside, *threads):
+    beside.start()
+    begun.wait()
+    for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()

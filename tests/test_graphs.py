@@ -235,7 +235,9 @@ def test_a_failing_capture_leaves_nothing_capturing(cuda, executor):
     assert executor.memory_held() == 11  # in the pool of the first
 
 
-def test_one_thread_captures_at_a_time(cuda, executor):
+@pytest.mark.parametrize("meanwhile", ["capture", "warm_up"])
+def test_one_thread_captures_at_a_time(cuda, executor, meanwhile):
+    """And none warms up, which may be the first to load a kernel."""
     other, log, inside = CudaGraphs(torch.device("cuda", 0)), [], threading.Event()
 
     def slow():
@@ -246,7 +248,7 @@ def test_one_thread_captures_at_a_time(cuda, executor):
     thread = threading.Thread(target=lambda: (inside.wait(), second()))
 
     def second():
-        other.capture(lambda: log.append("second"), 1)
+        getattr(other, meanwhile)(lambda: log.append("second"), 1)
 
     thread.start()
     executor.capture(slow, 1)
