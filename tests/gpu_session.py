@@ -1,11 +1,12 @@
-"""make test-gpu: tests in a process that is followed by another where it ends before they do.
+"""make test-gpu: tests in processes that are followed by others where they end before the tests do.
 
-    python tests/gpu_session.py [--budget 480] [--json FILE] [--resume] TESTS...
+    python tests/gpu_session.py [--budget 480] [--processes N] --json FILE [--resume] TESTS...
 
-A test that crashes, hangs or loses the GPU is one failure, and hides no other. FILE has after each
-test what came of it: so also when the time is up, or the process killed; --resume goes on from it.
+A test that crashes, hangs or loses the GPU is one failure, and hides no other. FILE says, seconds
+after each test, what came of it: so also when the time is up, or all is killed; --resume goes on
+from it. Several processes share the tests, most of whose time goes to compiling Triton's kernels.
 
-This is also the plugin of pytest that writes FILE.
+This is also the plugin of pytest that writes a process's part.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import platform
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,10 +31,9 @@ LOST_THE_GPU = 3  # the status of a process that cannot go on
 
 
 def read(path: Path) -> dict:
-    try:
+    if path.exists():
         return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {"finished": False, "running": None, "passed": [], "failed": {}, "skipped": {}}
+    return {"finished": False, "running": None, "passed": [], "failed": {}, "skipped": {}}
 
 
 def write(path: Path, document: dict, **changes: object) -> None:
@@ -43,6 +45,18 @@ def write(path: Path, document: dict, **changes: object) -> None:
     beside = path.with_suffix(".tmp")
     beside.write_text(json.dumps(document, indent=1) + "\n")
     beside.replace(path)
+
+
+def merge(path: Path, parts: list[Path]) -> None:
+    """The processes' parts as one document."""
+    documents = [read(part) for part in parts]
+    whole = {name: value for document in documents for name, value in document.items()}
+    whole["finished"] = all(document["finished"] for document in documents)
+    whole["running"] = [document["running"] for document in documents if document["running"]]
+    whole["passed"] = sorted({name for document in documents for name in document["passed"]})
+    for kind in ("failed", "skipped"):
+        whole[kind] = {n: why for document in documents for n, why in document[kind].items()}
+    write(path, whole)
 
 
 def gpu_is_lost() -> str:
@@ -72,10 +86,14 @@ def machine() -> dict[str, str]:
 
 
 class Progress:
-    """Of pytest: what came of each test, into the file; what is there already is not run again."""
+    """Of pytest: what came of each test, into the file; what is there already is not run again.
 
-    def __init__(self, path: Path) -> None:
+    share: "k/n" of the tests are taken.
+    """
+
+    def __init__(self, path: Path, share: str) -> None:
         self.path, self.document = path, read(path)
+        self.number, self.shares = map(int, share.split("/"))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -83,7 +101,8 @@ class Progress:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         known = {name for kind in ("passed", "failed", "skipped") for name in self.document[kind]}
-        left = [item for item in items if item.nodeid not in known]
+        mine = [i for i in items if zlib.crc32(i.nodeid.encode()) % self.shares == self.number]
+        left = [item for item in mine if item.nodeid not in known]
         write(self.path, self.document, **machine())
         # Triton's last: each of their variants is compiled.
         items[:] = sorted(left, key=lambda item: "triton" in item.nodeid)
@@ -114,17 +133,19 @@ class Progress:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--progress", type=Path, help="the file of gpu_session.py")
+    parser.addoption("--progress", type=Path, help="the file of a process")
+    parser.addoption("--share", help="which of the tests, as 0/4")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Progress(config.getoption("--progress")))
+    progress = Progress(config.getoption("--progress"), config.getoption("--share"))
+    config.pluginmanager.register(progress)
 
 
-def one_process(tests: list[str], path: Path, deadline: float, longest: float) -> bool:
+def one_process(tests: list[str], path: Path, share: str, deadline: float, longest: float) -> bool:
     """Run what is left of the tests; whether another process should go on."""
     command = [sys.executable, "-m", "pytest", "--continue-on-collection-errors"]
-    command += ["-p", "gpu_session", "--progress", str(path), *tests]
+    command += ["-p", "gpu_session", "--progress", str(path), "--share", share, *tests]
     paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     began, before = time.time(), read(path)["counts"]
     why = "the process ended in this test"
@@ -133,7 +154,6 @@ def one_process(tests: list[str], path: Path, deadline: float, longest: float) -
             time.sleep(0.2)
             if time.time() > deadline:
                 process.kill()
-                print("gpu_session: the time is up, and --resume goes on", file=sys.stderr)
                 return False
             if time.time() - max(began, path.stat().st_mtime) > longest:
                 process.kill()
@@ -145,23 +165,45 @@ def one_process(tests: list[str], path: Path, deadline: float, longest: float) -
     return not document["finished"] and document["counts"] != before
 
 
+def run(args: argparse.Namespace) -> dict:
+    """The document at the end."""
+    if not args.resume:
+        args.json.unlink(missing_ok=True)
+    known, n = read(args.json), args.processes
+    parts = [args.json.with_suffix(f".{k}.json") for k in range(n)]
+    for part in parts:
+        write(part, known, finished=False, running=None)
+    deadline = time.time() + args.budget
+
+    def go_on(k: int) -> None:
+        while one_process(args.tests, parts[k], f"{k}/{n}", deadline, args.longest):
+            pass
+
+    with ThreadPoolExecutor(n) as pool:
+        working = [pool.submit(go_on, k) for k in range(n)]
+        while not all(one.done() for one in working):
+            time.sleep(1)
+            merge(args.json, parts)
+    for part in parts:
+        part.unlink()
+    return read(args.json)
+
+
 def main() -> int:
     p = argparse.ArgumentParser()
     p.add_argument("--budget", type=float, default=480.0, help="seconds")
     p.add_argument("--longest", type=float, default=LONGEST, help="seconds of a test")
+    cores = os.cpu_count() or 1
+    p.add_argument("--processes", type=int, default=max(1, min(8, cores // 2)))
     p.add_argument("--json", type=Path, required=True)
     p.add_argument("--resume", action="store_true", help="keep what the file has")
     p.add_argument("tests", nargs="+")
     args = p.parse_args()
-    if not args.resume:
-        args.json.unlink(missing_ok=True)
-    write(args.json, read(args.json), finished=False, running=None)
-    deadline = time.time() + args.budget
-    while one_process(args.tests, args.json, deadline, args.longest):
-        pass
-    document = read(args.json)
+    document = run(args)
     for name, why in document["failed"].items():
         print(f"FAILED {name}: {why}")
+    if not document["finished"]:
+        print("the time was up: --resume goes on")
     print(f"{document['counts']}, skipped for {document['reasons']}: {args.json}")
     return bool(document["failed"]) or not document["finished"]
 

@@ -49,9 +49,10 @@ def session(folder: Path, *more: str) -> tuple[int, dict]:
 def test_no_test_hides_another(tmp_path):
     (tmp_path / "test_a.py").write_text("import a_package_that_is_missing\n")
     (tmp_path / "test_b.py").write_text(TESTS)
-    status, document = session(tmp_path)
-    assert status == 1 and document["finished"] and document["running"] is None
+    status, document = session(tmp_path, "--processes", "2")
+    assert status == 1 and document["finished"] and document["running"] == []
     assert document["passed"] == ["test_b.py::test_first", "test_b.py::test_last"]
+    assert [path.name for path in tmp_path.glob("*.json")] == ["out.json"]
     assert document["reasons"] == {"no second GPU": 1}
     failed = {name.split("::")[-1]: why for name, why in document["failed"].items()}
     assert "No module named 'a_package_that_is_missing'" in failed.pop("test_a.py")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from ddpm_fast import graphs
+from ddpm_fast import graphs, info
 from ddpm_fast.executor import ONE_LAUNCH, CaptureError, Stepper, take_steps
 from ddpm_fast.graphs import CudaGraphs
 
@@ -286,6 +286,34 @@ def test_the_loop_as_one_launch_or_the_next_simpler_form(cuda, executor, monkeyp
     cuda.log.clear()
     stepper.advance(7)
     assert cuda.log == ([("replay on", OWN)] * 7 if obstacle else [("loop on", OWN)])
+
+
+class Built:
+    """An extension's word on what it was built with, and what the driver has."""
+
+    def __init__(self, cuda_linked: bool = True, has: bool = True) -> None:
+        self.build_config = lambda: {"cuda_linked": cuda_linked}
+        self.has_while_loops = lambda: has
+
+
+@pytest.mark.parametrize(
+    "extension, knows_raw_graphs, obstacle",
+    [
+        (None, True, "this build has no CUDA kernels"),
+        (Built(cuda_linked=False), True, "this build has no CUDA kernels"),
+        (Built(has=False), True, "CUDA 12.4 or newer in the build and in the driver"),
+        (Built(), False, "does not give its graphs away"),
+        (Built(), True, ""),
+    ],
+)
+def test_info_says_what_one_launch_takes(monkeypatch, extension, knows_raw_graphs, obstacle):
+    graph = type("CUDAGraph", (), {"raw_cuda_graph": None} if knows_raw_graphs else {})
+    monkeypatch.setattr(graphs.backends, "extension", extension)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert obstacle in graphs.while_loop_obstacle()
+    said = info._captured_loop()
+    assert f"not: {graphs.while_loop_obstacle()}" in said if obstacle else "asked for by" in said
 
 
 def test_release(cuda, executor):
