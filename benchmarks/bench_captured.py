@@ -22,12 +22,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import results
 import torch
 from gpu_measure import Bench, Run
-from loop_engines import CAPTURED, EAGER, ENGINES, PEER, PEER_MISSING, SLOW_TO_MAKE, Engine
+from loop_engines import CAPTURED, EAGER, ENGINES, ONE, PEER, PEER_MISSING, SLOW_TO_MAKE, Engine
 from networks import MODELS, flop_of, with_random_weights
 
 from ddpm_fast.backend import BackendError
@@ -39,6 +40,7 @@ STEPS = 50
 BATCHES = {"cifar10": [1, 64, 8, 256], "mnist": [64, 1, 8, 256]}  # the most telling first
 LARGEST_BATCH, WORTH_DOUBLING = 4096, 1.05
 FEWEST_ROUNDS, LONG = 3, 15.0  # rounds of a batch that takes so many seconds
+NO_TIME, UNDER_WAY = "no time was left", "the process ended in it"
 GRACE = 40.0  # seconds from the end of the budget to the end of what is then being measured
 
 
@@ -60,16 +62,20 @@ def measure(bench: Bench, name: str, model: Model, n: int, engines: dict[str, En
         if label in cell or label in bench.left_out or place in bench.left_out:
             continue
         if bench.left() < 0:
-            bench.left_out[place] = "no time was left"
+            bench.left_out[place] = NO_TIME
             continue
+        bench.left_out[place] = UNDER_WAY  # should the process end in it, the next leaves it out
+        bench.save()
         try:
             with naming(bench, place):
-                made = bench.prepared(lambda engine=engine: engine(bench, model, n))
+                # Whether the profiler bears a loop inside a graph is not known.
+                runs[label], rows[label] = bench.prepared(
+                    partial(engine, bench, model, n), profiled=label != ONE
+                )
+                del bench.left_out[place]
         except BackendError as error:
             bench.left_out[label] = str(error)
-            continue
-        if place not in bench.left_out:
-            runs[label], rows[label] = made
+            del bench.left_out[place]
     taken: dict[str, list[float]] = {label: [] for label in runs}
     began = time.perf_counter()
     for done in range(bench.rounds):
@@ -86,6 +92,7 @@ def measure(bench: Bench, name: str, model: Model, n: int, engines: dict[str, En
     for label, times in taken.items():
         cell[label] = rows[label] | timing(bench, n, times, rows[label].get("busy_ms"), work)
         print(f"{name} {n:4} {label:50} {cell[label]['ms_per_step']:9.3f} ms a step", flush=True)
+    bench.save()
 
 
 @contextmanager
@@ -167,30 +174,27 @@ def goals(figures: dict[str, dict]) -> dict[str, str]:
 
 
 def measure_all(
-    bench: Bench, models: dict[str, Model], batches: dict[str, list[int]], largest: int, path: Path
+    bench: Bench, models: dict[str, Model], batches: dict[str, list[int]], largest: int
 ) -> None:
     turns = zip(*(batches[name] for name in models), strict=True)  # each model's first, and so on
     turns = [list(zip(models, turn, strict=True)) for turn in turns]
     for turn in turns:
         for name, n in turn:
             measure(bench, name, models[name], n, ENGINES)
-            save(bench, path)
     for name, model in models.items():
         for n, labels in grow(bench, name, max(batches[name]), largest):
             if bench.left() < GRACE:
-                bench.left_out[f"{name}, batch {n}"] = "no time was left"
+                bench.left_out[f"{name}, batch {n}"] = NO_TIME
                 break
             measure(bench, name, model, n, {label: ENGINES[label] for label in labels})
-            save(bench, path)
     longest = dict.fromkeys(SLOW_TO_MAKE, 30.0)  # seconds
     for name, n, label in compiled(turns):
         if bench.left() < longest[label]:
-            bench.left_out[f"{name}, batch {n}: {label}"] = "no time was left"
+            bench.left_out[f"{name}, batch {n}: {label}"] = NO_TIME
             continue
         began = time.monotonic()
         measure(bench, name, models[name], n, {label: SLOW_TO_MAKE[label]})
         longest[label] = max(longest[label], time.monotonic() - began)
-        save(bench, path)
 
 
 def save(bench: Bench, path: Path, complete: bool = False) -> None:
@@ -216,7 +220,7 @@ def resume(bench: Bench, path: Path) -> None:
     figures = document["figures"]
     bench.figures = figures["models"]
     left_out = figures["left_out"].items()
-    bench.left_out = {what: why for what, why in left_out if why != "no time was left"}
+    bench.left_out = {what: why for what, why in left_out if why != NO_TIME}
 
 
 @contextmanager
@@ -265,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         print("bench_captured: torch sees no CUDA device, so there is nothing to measure here")
         return 0
     bench = Bench(device, 3 if args.smoke else STEPS, time.time() + args.budget)
+    bench.save = partial(save, bench, args.json)
     if args.resume:
         resume(bench, args.json)
     if PEER_MISSING:
@@ -278,13 +283,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with time_up_after(bench.left() + GRACE):
             bench.peak_flops = bench.matmul_peak()
-            measure_all(bench, models, batches, largest, args.json)
-        complete = "no time was left" not in bench.left_out.values()
+            measure_all(bench, models, batches, largest)
+        complete = NO_TIME not in bench.left_out.values()
     except TimeUp:
         print("bench_captured: the time is up, and --resume goes on")
+        bench.left_out |= {p: NO_TIME for p, why in bench.left_out.items() if why == UNDER_WAY}
     except LostGpu as error:  # another process goes on
         print(f"bench_captured: {error}", flush=True)
-        save(bench, args.json)
+        bench.save()
         again = [f"--budget={bench.left()}", "--resume", f"--json={args.json}"]
         os.execv(sys.executable, [sys.executable, __file__, *again, *["--smoke"] * args.smoke])
     save(bench, args.json, complete)

@@ -24,6 +24,7 @@ class Bench:
     peak_flops: float = 0.0  # of a bfloat16 matrix product
     left_out: dict[str, str] = field(default_factory=dict)  # engine or cell: why
     figures: dict[str, dict] = field(default_factory=dict)  # by model, batch and engine
+    save: Callable[[], None] = lambda: None  # puts all this on the disk
 
     def left(self) -> float:
         return self.deadline - time.time()
@@ -67,7 +68,9 @@ class Bench:
             "busy_ms": busy / self.steps,
         }
 
-    def prepared(self, make: Callable[[], Run]) -> tuple[Run, dict[str, float]]:
+    def prepared(
+        self, make: Callable[[], Run], profiled: bool = True
+    ) -> tuple[Run, dict[str, float]]:
         """A run that has had its compiling or capturing, and the figures of that."""
         before = self._reserved_anew()
         began = time.perf_counter()
@@ -78,7 +81,7 @@ class Bench:
         self.seconds(run)
         if self.device.type == "cuda":
             row["peak_mib"] = (torch.cuda.max_memory_reserved(self.device) - before) / 2**20
-        return run, row | self.launches(run)
+        return run, row | (self.launches(run) if profiled else {})
 
     def _reserved_anew(self) -> int:
         """Bytes that others keep; the peak is counted from there."""

@@ -25,6 +25,7 @@ except ImportError as error:
 
 F32, BF16 = torch.float32, torch.bfloat16
 EAGER, CAPTURED = "ddpm_fast eager", "ddpm_fast captured"
+ONE = f"{CAPTURED}, one launch"
 COMPILED = ("reduce-overhead", "max-autotune")
 
 Engine = Callable[[Bench, Model, int], Run]
@@ -110,7 +111,7 @@ ENGINES: dict[str, Engine] = {
     CAPTURED: partial(ours, graphs=True),
     f"{CAPTURED}, 10 steps a launch": partial(ours, graphs=True, steps_per_graph=10),
     f"{PEER} float32": partial(peer, dtype=F32),
-    f"{CAPTURED}, one launch": partial(ours, graphs=True, steps_per_graph=WHOLE),
+    ONE: partial(ours, graphs=True, steps_per_graph=WHOLE),
 }
 SLOW_TO_MAKE: dict[str, Engine] = {
     f"{PEER} bfloat16, compiled {mode}": partial(peer, dtype=BF16, mode=mode) for mode in COMPILED

@@ -110,6 +110,10 @@ def sampling() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _or_nothing(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
+
+
 def captured() -> str:
     """One line a network, batch and engine; the ratio is to the peer's eager bfloat16 loop."""
     document = _read("captured")
@@ -134,8 +138,8 @@ def captured() -> str:
                 lines.append(
                     f"| {network} | {batch} | {name} | {row['ms_per_step']:.3f} | {ratio} "
                     f"| {row['images_per_second_1000']:.2f} "
-                    f"| {row[few]:.1f} | {row['launches']:.0f} "
-                    f"| {100 * row['idle']:.0f} % | {100 * row['share_of_peak']:.1f} % "
+                    f"| {row[few]:.1f} | {_or_nothing('{:.1f}', row.get('launches'))} "
+                    f"| {_or_nothing('{:.1%}', row.get('idle'))} | {row['share_of_peak']:.1%} "
                     f"| {row['prepared_seconds']:.1f} | {row['peak_mib']:.0f} |"
                 )
     left_out = [f"{what} ({why})" for what, why in figures["left_out"].items()]
