@@ -202,6 +202,7 @@ def save(bench: Bench, path: Path, complete: bool = False) -> None:
         "complete": complete,
         "steps": bench.steps,
         "peer": PEER,
+        "cuda": torch.version.cuda,
         "peak_tflops": bench.peak_flops / 1e12,
         "goals": goals(bench.figures),
         "left_out": bench.left_out,

@@ -144,7 +144,9 @@ def captured() -> str:
                 )
     left_out = [f"{what} ({why})" for what, why in figures["left_out"].items()]
     missing = f"\nLeft out: {'; '.join(left_out)}.\n" if left_out else ""
-    return "\n".join(lines) + "\n" + missing
+    goals = [f"{what}: {reached}" for what, reached in figures["goals"].items()]
+    reached = f"\nOf what is wanted on an H100 or H200: {'; '.join(goals)}.\n" if goals else ""
+    return "\n".join(lines) + "\n" + reached + missing
 
 
 def ops() -> str:
