@@ -32,8 +32,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
+    """Empty in a copy that is no checkout, or where there is no git."""
     command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def write(name: str, figures: dict, folder: Path = FOLDER) -> Path:
