@@ -205,7 +205,7 @@ def main() -> int:
     if not document["finished"]:
         print("the time was up: --resume goes on")
     print(f"{document['counts']}, skipped for {document['reasons']}: {args.json}")
-    return bool(document["failed"]) or not document["finished"]
+    return bool(document["failed"]) or not document["finished"] or not document["passed"]
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ What controls it is tested without one in test_loops.py.
 
 from __future__ import annotations
 
+import json
 import threading
 import warnings
 
 import pytest
 import torch
+from sampling import run
 from step_cases import difference
 from test_cuda import needs
 from test_loops import METHODS, Network, reading
@@ -160,7 +162,7 @@ def test_several_threads(class_model):
     }
     got, errors, begun, stop = {}, [], threading.Event(), threading.Event()
 
-    def run(job):
+    def work(job):
         try:
             with torch.cuda.stream(torch.cuda.Stream()):
                 for _ in range(3):
@@ -177,7 +179,7 @@ def test_several_threads(class_model):
                 begun.set()  # what it is the first to do may synchronise the device
 
     beside = threading.Thread(target=other_work)
-    threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
+    threads = [threading.Thread(target=work, args=(job,)) for job in jobs]
     beside.start()
     begun.wait()
     for thread in threads:
@@ -284,6 +286,22 @@ def test_auto_falls_back_with_one_warning():
 def test_the_reference_cannot_be_captured(class_model):
     with pytest.raises(ValueError, match="reference draws its noise on the host"):
         Sampler.from_model(class_model, device="cuda", backend="reference", graphs=True)
+
+
+def test_the_command(class_model_file, tmp_path, capsys):
+    """--graphs draws the same pictures, and says that it was captured."""
+    common = ["--model", class_model_file, "--device", "cuda", "--backend", "cuda", "--gif"]
+    common += ["--num-samples", 5, "--batch-size", 2, "--steps", 20, "--class", "0,1"]
+    pictures = []
+    for graphs in (["--graphs"], []):
+        out = tmp_path / ("captured" if graphs else "eager")
+        status, said, errors = run(capsys, *common, *graphs, "--guidance", 2, "--out", out)
+        assert status == 0, errors
+        assert ("captured, a step a launch: " in said) == bool(graphs), said
+        record = json.loads((out / "run.json").read_text())
+        assert record["environment"]["graphs"] == bool(graphs)
+        pictures.append([path.read_bytes() for path in sorted(out.rglob("*.png"))])
+    assert len(pictures[0]) == 5 + 1 and pictures[0] == pictures[1]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two GPUs")

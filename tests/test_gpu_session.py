@@ -63,6 +63,13 @@ def test_no_test_hides_another(tmp_path):
     assert not failed
 
 
+def test_a_session_in_which_nothing_passed_is_no_success(tmp_path):
+    for name in "ab":
+        (tmp_path / f"test_{name}.py").write_text("# none")
+    status, document = session(tmp_path)
+    assert status == 1 and document["finished"] and not document["failed"]
+
+
 def test_what_is_done_is_kept(tmp_path):
     (tmp_path / "test_a.py").write_text("def test_first(): pass\n")
     (tmp_path / "test_b.py").write_text("import time\ndef test_slow(): time.sleep(1)\n")
