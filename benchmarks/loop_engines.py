@@ -20,7 +20,7 @@ try:
     from diffusers_peer import to_diffusers
 
     PEER, PEER_MISSING = "diffusers", ""
-except ImportError as error:
+except (ImportError, RuntimeError) as error:  # the second, of what it imports lazily
     PEER, PEER_MISSING = "plain PyTorch (stand-in for diffusers)", str(error)
 
 F32, BF16 = torch.float32, torch.bfloat16

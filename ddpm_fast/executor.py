@@ -94,12 +94,15 @@ class Stepper:
     ) -> None:
         self._loop: Replay | None = None
         self._captured: list[tuple[int, Replay]] = []
+        self._why_not_whole = ""
         rewind()
         executor.warm_up(step, min(3, num_steps))
         if steps_per_graph == WHOLE:
             rewind()
             self._loop = executor.capture_loop(step)
             steps_per_graph = 1
+            if self._loop is None:
+                self._why_not_whole = f" (not all: {executor.loop_obstacle})"
         if self._loop is None:
             for count in sorted({1, min(steps_per_graph, num_steps)}, reverse=True):
                 rewind()
@@ -111,7 +114,8 @@ class Stepper:
         if self._loop is not None:
             return ONE_LAUNCH
         count = self._captured[0][0]
-        return "a step a launch" if count == 1 else f"{count} steps a launch"
+        form = "a step a launch" if count == 1 else f"{count} steps a launch"
+        return form + self._why_not_whole
 
     def advance(self, steps: int) -> None:
         if self._loop is not None:

@@ -27,7 +27,9 @@ RUN = {"batch_size": 4, "classes": [2, 0, 1]}
 FORMS = [
     1,
     3,
-    pytest.param(WHOLE, marks=pytest.mark.skipif(bool(while_loop_obstacle()), reason="no loops")),
+    pytest.param(
+        WHOLE, marks=pytest.mark.skipif(bool(while_loop_obstacle()), reason=while_loop_obstacle())
+    ),
 ]
 
 
