@@ -50,6 +50,7 @@ class CudaGraphs(Executor):
         self._stream = torch.cuda.Stream(device)
         self._lock = threading.RLock()
         self._pools = [torch.cuda.graph_pool_handle()]  # the last takes what is captured next
+        self._refused: torch.cuda.CUDAGraph | None = None
 
     @contextmanager
     def _queueing(self) -> Iterator[None]:
@@ -92,6 +93,7 @@ class CudaGraphs(Executor):
                 loop = backends.extension.WhileLoop(graph.raw_cuda_graph(), remaining.data_ptr())
         except RuntimeError as error:  # a node that a loop may not hold, as a call of the host
             self.loop_obstacle = str(error)
+            self._refused = graph  # for the same reason as in `_abandon`
             return None
 
         def replay(times: int, graph: torch.cuda.CUDAGraph = graph) -> None:  # its memory is used
@@ -128,17 +130,20 @@ class CudaGraphs(Executor):
         Else, up to torch 2.12, its allocator and its generator would take the process for one that
         captures, for good (pytorch/pytorch, 180395 and 171263), and the pool would never be freed.
         """
+        # Torch takes no pool again that has lost its last graph and still has a tensor, which the
+        # error's traceback may hold.
+        pool = self._pools[-1]
+        self._pools.append(torch.cuda.graph_pool_handle())
         with suppress(RuntimeError):
             graph.pool()
             return  # it did end: the step failed by itself
         _abandoned.append(graph)
         for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
             with suppress(RuntimeError):  # newer ones have done it
-                end(self.device.index, self._pools[-1])
-        self._pools.append(torch.cuda.graph_pool_handle())
+                end(self.device.index, pool)
         # A capture that ends well ends the generator's, too.
-        other, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        with suppress(RuntimeError), self._capturing(other, pool):
+        other = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        with suppress(RuntimeError), self._capturing(*other):
             torch.zeros(1, device=self.device)
 
     def _draws(self, step: Step) -> bool:
@@ -172,7 +177,7 @@ class CudaGraphs(Executor):
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) in pools)
 
     def release(self) -> None:
-        self._pools = [torch.cuda.graph_pool_handle()]
+        self._pools, self._refused = [torch.cuda.graph_pool_handle()], None
         torch.cuda.empty_cache()
 
 
