@@ -75,7 +75,9 @@ struct QSampleArgs {
   bool past_caches = false;  // write the results straight to memory: for 16 MB of them and more
 };
 
-// One step of a sampling method, each sample at its own row of the table.
+// One step of a sampling method, each sample at its own row of the table. Designated initialisers
+// make the layouts that are not given contiguous; whoever assigns the sizes assigns the layouts
+// too.
 struct StepArgs {
   int64_t samples = 0, channels = 0, pixels = 0, table_rows = 0;
   int64_t model_channels = channels;  // or twice that, with learned variances
