@@ -19,7 +19,6 @@ struct Array {
   bool empty() const { return samples == 0 || channels == 0 || pixels == 0; }
   Bytes bytes() const {
     const auto first = reinterpret_cast<uintptr_t>(data);
-    if (empty()) return {name, first, first};
     const int64_t last = (samples - 1) * layout.sample + (channels - 1) * layout.channel +
                          (pixels - 1) * layout.pixel;
     return {name, first, first + static_cast<uintptr_t>((last + 1) * size)};
@@ -47,20 +46,26 @@ void require_sizes(const Args& args) {
           args.pixels, " pixels.");
 }
 
-// A null pointer where something is wanted, a misplaced one, and layouts in which elements meet.
-void require_arrays(const std::vector<Array>& written, const std::vector<Array>& read) {
+// Refuses a null pointer, a misplaced one, and a layout in which elements meet; returns the bytes.
+std::vector<Bytes> bytes_of(const std::vector<Array>& arrays) {
   std::vector<Bytes> all;
-  for (const auto* arrays : {&written, &read}) {
-    for (const Array& a : *arrays) {
-      require(a.data != nullptr || a.empty(), a.name, " must not be null.");
-      require_aligned(a.name, a.data, static_cast<size_t>(a.size));
-      require(is_distinct(a.samples, a.channels, a.pixels, a.layout), a.name, " has the layout (",
-              a.layout.sample, ", ", a.layout.channel, ", ", a.layout.pixel,
-              "), in which elements share an address; use contiguous() or channels_last().");
-      all.push_back(a.bytes());
-    }
+  for (const Array& a : arrays) {
+    if (a.empty()) continue;
+    require(a.data != nullptr, a.name, " must not be null.");
+    require_aligned(a.name, a.data, static_cast<size_t>(a.size));
+    require(is_distinct(a.samples, a.channels, a.pixels, a.layout), a.name, " has the layout (",
+            a.layout.sample, ", ", a.layout.channel, ", ", a.layout.pixel,
+            "), in which elements share an address; use contiguous() or channels_last().");
+    all.push_back(a.bytes());
   }
-  require_separate(all, written.size());
+  return all;
+}
+
+void require_arrays(const std::vector<Array>& written, const std::vector<Array>& read) {
+  std::vector<Bytes> all = bytes_of(written);
+  const size_t count = all.size();
+  for (const Bytes& bytes : bytes_of(read)) all.push_back(bytes);
+  require_separate(all, count);
 }
 
 int64_t size_of(const char* name, DType dtype) {

@@ -205,6 +205,11 @@ void not_finite() {
 }
 
 void nothing_to_do() {
+  Step step;
+  step.args.pixels = 0;
+  step.set_layouts(contiguous(kChannels, 0));
+  p_sample_step(step.args, backwards);
+  expect(step.out[0] == kUntouched, "no pixel is written");
   p_sample_step(StepArgs{});
   q_sample(QSampleArgs{});
   randn(RandnArgs{});
