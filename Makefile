@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/*.cpp tests/*.h)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* csrc/include/*/*.h examples/cpp/*.cpp tests/*.cpp tests/*.h)
 
 GPU_TESTS := $(patsubst %,tests/test_%.py,cuda captured_loop graphs loops backend)
 

@@ -15,7 +15,7 @@ from .plan import Plan
 if TYPE_CHECKING:
     from .sampler import Sampler
 
-BAD_ROW = 1  # of the status word; csrc/kernels.h
+BAD_ROW = 1  # of the status word; csrc/include/ddpm_fast/arguments.h
 
 # What a run starts from: all of its samples' (N, C, *size), or a function from some of their
 # indices (B,) to these samples' (B, C, *size).
