@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import SchedulerMixin
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -33,7 +34,8 @@ class _Prepared:
     rows: dict[int, int]
 
 
-class _FusedStep:
+# By its name in this module diffusers knows how to load a pipeline that was saved with one of ours.
+class _FusedStep(SchedulerMixin):
     """`_fused`, and the plans that it has made for the scheduler's present timesteps."""
 
     _plans: tuple[Tensor, dict[Any, _Prepared | None]] | None = None
