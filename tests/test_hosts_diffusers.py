@@ -8,6 +8,7 @@ import pytest
 import torch
 
 diffusers = pytest.importorskip("diffusers")
+# ruff: noqa: E402, what needs diffusers comes after the look whether it is there
 
 from ddpm_fast import ops
 from ddpm_fast.hosts import diffusers as ours

@@ -14,6 +14,7 @@ import torch
 from recording import Recording
 
 diffusers = pytest.importorskip("diffusers")
+# ruff: noqa: E402, what needs diffusers comes after the look whether it is there
 
 from ddpm_fast import sampler as samplers
 from ddpm_fast.hosts import diffusers as ours
@@ -50,7 +51,7 @@ def ddim():
 
 
 def draw(pipe, seed: int | list[int] = 3, **settings):
-    """Images as they come, (N, H, W, C) or what output_type says, and the generators' next draws."""
+    """Images, (N, H, W, C) or what output_type says, and what the generators draw next."""
     pipe.set_progress_bar_config(disable=True)
     made = [torch.Generator().manual_seed(s) for s in (seed if isinstance(seed, list) else [seed])]
     settings = {"batch_size": 3, "output_type": "np"} | STEPS | settings
@@ -262,7 +263,7 @@ def test_what_is_no_such_pipeline():
     assert type(pipe) is diffusers.DDPMPipeline
     with pytest.raises(ValueError, match="one for each of the 3 samples, but it has 2"):
         draw(ours.accelerate(pipe), seed=[1, 2])
-    with pytest.raises(ValueError, match="eta must be a number between 0.0 and 1.0"):
+    with pytest.raises(ValueError, match="eta must be a number between 0"):
         draw(ours.accelerate(ddim()), eta=1.5)
 
 
