@@ -156,10 +156,33 @@ def test_what_is_saved_is_the_pipeline(tmp_path):
     same(draw(loaded), want)
 
 
-def test_a_network_that_ours_is_not_runs_as_it_is():
-    pipe = ddpm(act_fn="gelu")
+class Doubled(diffusers.UNet2DModel):
+    """A user's own: the configuration does not tell what it computes."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.sample *= 0.5
+        return output
+
+
+def with_more() -> torch.nn.Module:
+    unet = network()
+    unet.conv_in.register_buffer("scale", torch.ones(1))
+    return unet
+
+
+AS_THEY_ARE = {
+    "a layer of another kind": (lambda: network(act_fn="gelu"), "act_fn='gelu'"),
+    "a class of its own": (lambda: Doubled(**NETWORK).eval(), "it is a Doubled"),
+    "weights of its own": (with_more, "conv_in.scale"),
+}
+
+
+@pytest.mark.parametrize("make,reason", AS_THEY_ARE.values(), ids=AS_THEY_ARE)
+def test_a_network_that_ours_is_not_runs_as_it_is(make, reason):
+    pipe = diffusers.DDPMPipeline(make(), diffusers.DDPMScheduler())
     want = draw(pipe)
-    with pytest.warns(UserWarning, match="takes the pipeline's U-Net as it is: act_fn='gelu'"):
+    with pytest.warns(UserWarning, match=f"takes the pipeline's U-Net as it is: .*{reason}"):
         ours.accelerate(pipe)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -229,8 +252,8 @@ def test_the_loop_under_a_pipeline_is_captured(make, noise, monkeypatch):
     pipe = make()
     settings = {"eta": 0.6} if make is ddim else {}
     want = [draw(pipe, seed=s, **settings) for s in (3, 4)]
-    ours.accelerate(pipe, noise=noise, graphs="auto")
     monkeypatch.setattr(pipelines, "prepare", lambda unet, device, dtype: unet)  # as on CUDA
+    ours.accelerate(pipe, noise=noise)
     got = [draw(pipe, seed=s, **settings) for s in (3, 4)]
     assert executor.log.count(("capture", 1)) == 1 and executor.count("replay") == 14
     for a, b in zip(want, got, strict=True):

@@ -40,12 +40,15 @@ def converted(unet: nn.Module) -> nn.Module:
     """Our U-Net with the weights of a UNet2DModel; itself, with one warning, where ours has no
     such layers."""
     try:
+        if type(unet) is not diffusers.UNet2DModel:
+            raise ValueError(f"it is a {type(unet).__name__}, not a UNet2DModel")
         reading = family.read(unet.state_dict(), dict(unet.config), None, Choices({}))
-    except ValueError as error:
-        warnings.warn(f"ddpm_fast takes the pipeline's U-Net as it is: {error}", stacklevel=4)
+        weights = {key: value.float() for key, value in reading.tensors.items()}
+        reading.network.load_state_dict(weights, assign=True)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        warnings.warn(f"ddpm_fast takes the pipeline's U-Net as it is: {reason}", stacklevel=5)
         return _AsItIs(unet)
-    weights = {key: value.float() for key, value in reading.tensors.items()}
-    reading.network.load_state_dict(weights, assign=True)
     return reading.network.eval()
 
 
@@ -57,42 +60,41 @@ class Accelerated:
 
     def __init__(
         self,
-        unet: nn.Module,
+        pipe: DiffusionPipeline,
         noise: str,
         dtype: torch.dtype | None,
         graphs: bool | str,
         backend: str,
     ) -> None:
         self.noise = one_of("noise", noise, NOISES)
-        self._dtype = dtype or unet.dtype
-        self._settings = {"graphs": graphs, "backend": backend, "dtype": self._dtype}
-        self._take(unet)
+        self._dtype = dtype
+        self._settings = {"graphs": graphs, "backend": backend}
+        self._take(pipe)
 
-    def _take(self, unet: nn.Module) -> None:
-        self._source, self._unet = unet, converted(unet)
-        self._networks: dict[torch.device, nn.Module] = {}
+    def _take(self, pipe: DiffusionPipeline) -> None:
+        """The pipeline's network as it is now, where it is now."""
+        self._unet, self._device = pipe.unet, with_index(pipe._execution_device)
+        self._settings |= {"device": self._device, "dtype": self._dtype or pipe.unet.dtype}
+        self._network = prepare(converted(pipe.unet), self._device, self._settings["dtype"])
         self._kept: tuple[Plan, Sampler] | None = None
 
     def _sampler(self, pipe: DiffusionPipeline, plan: Plan) -> Sampler:
         """That of the run before, with its buffers and captures, if it took the same steps."""
-        if pipe.unet is not self._source:
-            self._take(pipe.unet)
-        device = with_index(pipe._execution_device)
+        if pipe.unet is not self._unet or with_index(pipe._execution_device) != self._device:
+            self._take(pipe)
         if self._kept is not None:
             known, sampler = self._kept
             same = torch.equal(known.coefficients, plan.coefficients)
-            if same and torch.equal(known.index, plan.index) and sampler.device == device:
+            if same and torch.equal(known.index, plan.index):
                 return sampler
             sampler.release()
-        if device not in self._networks:
-            self._networks[device] = prepare(self._unet, device, self._dtype)
-        network, config = self._networks[device], pipe.unet.config
-        if isinstance(network, FusedUNet):
-            network.expect(plan.timesteps)
-        size = config.sample_size
+        if isinstance(self._network, FusedUNet):
+            self._network.expect(plan.timesteps)
+        size = pipe.unet.config.sample_size
         size = (size, size) if isinstance(size, int) else size
-        shape = config.in_channels, *size
-        sampler = Sampler(network, plan, shape, device=device, **self._settings)
+        sampler = Sampler(
+            self._network, plan, (pipe.unet.config.in_channels, *size), **self._settings
+        )
         self._kept = plan, sampler
         return sampler
 
@@ -207,8 +209,9 @@ def accelerate(
 ) -> DiffusionPipeline:
     """Make `pipe`, a DDPMPipeline or DDIMPipeline of diffusers, sample fast; returns it.
 
-    Its interface, its components and what it saves stay as they are; pipe.unet's weights are copied
-    now, so after a change of them call `accelerate` again. The scheduler is read at each call.
+    Its interface, its components and what it saves stay as they are. pipe.unet's weights are copied
+    now, so after a change of them call `accelerate` again; another network, device or scheduler in
+    the pipeline is seen at the next call.
 
     Args:
         noise: "pipeline", the draws of the call's generator, so that seeds keep their pictures; or
@@ -228,6 +231,6 @@ def accelerate(
             f" ddpm_fast.hosts.diffusers."
         )
     settings_of(pipe.scheduler)
-    pipe._accelerated = Accelerated(pipe.unet, noise, dtype, graphs, backend)
+    pipe._accelerated = Accelerated(pipe, noise, dtype, graphs, backend)
     pipe.__class__ = KINDS[type(pipe)]
     return pipe
