@@ -237,6 +237,14 @@ def test_what_the_fused_step_has_not_is_diffusers_own(case, fused):
     assert torch.equal(want, got) and got.requires_grad == like["requires_grad"] and not fused
 
 
+def test_what_is_nan_in_diffusers_is_what_its_name_says():
+    _, named = pair("DDPMScheduler", variance_type="fixed_large_log")
+    meant, _ = pair("DDPMScheduler", variance_type="fixed_large")
+    for scheduler in (named, meant):
+        scheduler.set_timesteps(20)
+    same_chains(meant, named)
+
+
 def test_no_signal_and_epsilon_is_left_to_diffusers(fused):
     """A division by zero there; here the fused step has no such row."""
     theirs, mine = pair("DDIMScheduler", rescale_betas_zero_snr=True, timestep_spacing="trailing")

@@ -44,6 +44,7 @@ def settings_of(scheduler: Any) -> tuple[str, str, str]:
     prediction = one_of("prediction_type", config.prediction_type, PREDICTION_TYPES)
     if isinstance(scheduler, diffusers.DDIMScheduler):
         return "ddim", prediction, "fixed_small"
+    # "fixed_large_log" is NaN in diffusers' own step; here it is what its name says.
     variance = VARIANCES[one_of("variance_type", config.variance_type, VARIANCES)]
     return "ddpm", prediction, variance
 
