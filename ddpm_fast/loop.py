@@ -28,7 +28,7 @@ class Loop:
     `step` is what is captured: the network and the update, with the row counter on the device.
     """
 
-    def __init__(self, sampler: Sampler, batch_size: int) -> None:
+    def __init__(self, sampler: Sampler, batch_size: int, given_noise: bool = False) -> None:
         device, self.sampler, self.batch_size = sampler.device, sampler, batch_size
         copies = 2 if sampler.guided else 1  # of each sample, in what the network is given
         self.x = torch.zeros(batch_size, *sampler.sample_shape, device=device)
@@ -40,6 +40,8 @@ class Loop:
         self.status = torch.zeros(4, dtype=torch.int32, device=device)
         # Written by each step for the next; no plan's first step reads it.
         self.previous_pred_xstart = torch.zeros_like(self.x) if sampler.plan.multistep else None
+        # Of a run that brings its own; else the step makes its noise itself.
+        self.noise = torch.zeros_like(self.x) if given_noise else None
         self.guidance = torch.ones(1, device=device) if sampler.guided else None
         self.labels = torch.zeros_like(self.rows)
         # What the network is given: the step leaves its result here too, in the network's dtype.
@@ -105,6 +107,15 @@ class Loop:
         arguments = (x_start, coefficients, level, self.seed, self.index)
         return ops.q_sample(*arguments, noise=drawn, backend=backend)[0]
 
+    def take_noise(self, noise: Tensor | None) -> None:
+        """That of the next step; None where it uses none. ValueError for another shape."""
+        if noise is None:
+            return
+        if noise.shape != self.noise.shape:
+            want, got = tuple(self.noise.shape), tuple(noise.shape)
+            raise ValueError(f"noise must be of shape {want}, but {got} was given")
+        self.noise.copy_(noise)
+
     def step(self) -> None:
         """One row of the plan for the whole batch; it allocates nothing, but for the network."""
         sampler = self.sampler
@@ -120,6 +131,7 @@ class Loop:
             self.row,
             self.seed,
             self.index,
+            noise=self.noise,
             guidance_scale=self.guidance,
             previous_pred_xstart=self.previous_pred_xstart,
             status=self.status,

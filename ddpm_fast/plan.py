@@ -55,6 +55,23 @@ class Plan:
     use_clipped_model_output: bool
     clip_denoised: bool
 
+    @classmethod
+    def of_table(
+        cls, table: np.ndarray, flags: np.ndarray, timesteps: list[int], **how: Any
+    ) -> Plan:
+        """The plan of a float64 table (S, 16), its rows' flags (S,) and how it was made.
+
+        ValueError where a coefficient in use is not finite.
+        """
+        coefficients64 = torch.from_numpy(table.copy())
+        coefficients = coefficients64.float()
+        _check_finite(coefficients, timesteps, how["prediction_type"])
+        index = torch.zeros((len(timesteps), 4), dtype=torch.int32)
+        index[:, TIMESTEP] = torch.tensor(timesteps)
+        index[:, NOISE_STEP] = torch.arange(1, len(timesteps) + 1)
+        index[:, FLAGS] = torch.from_numpy(flags.copy())
+        return cls(timesteps, coefficients64, coefficients, index, **how)
+
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
@@ -187,14 +204,6 @@ def make_plan(
     table[:, CLIP_LO], table[:, CLIP_HI] = (-1.0, 1.0) if clip_denoised else (-np.inf, np.inf)
 
     order = slice(None) if inverse else slice(None, None, -1)
-    timesteps = kept[order].tolist()
-    coefficients64 = torch.from_numpy(table[order].copy())
-    coefficients = coefficients64.float()
-    _check_finite(coefficients, timesteps, prediction_type)
-    index = torch.zeros((len(kept), 4), dtype=torch.int32)
-    index[:, TIMESTEP] = torch.tensor(timesteps)
-    index[:, NOISE_STEP] = torch.arange(1, len(kept) + 1)
-    index[:, FLAGS] = torch.from_numpy(flags[order].copy())
     start = None
     if inverse:
         start = torch.tensor([[1.0, 0.0]])
@@ -203,11 +212,10 @@ def make_plan(
         start = torch.tensor([level], dtype=torch.float32)
     if spacing is None:
         spacing = "all" if steps is None else steps if isinstance(steps, str) else "openai"
-    return Plan(
-        timesteps=timesteps,
-        coefficients64=coefficients64,
-        coefficients=coefficients,
-        index=index,
+    return Plan.of_table(
+        table[order],
+        flags[order],
+        kept[order].tolist(),
         start=start,
         method=method,
         spacing=spacing,

@@ -35,7 +35,8 @@ class Sampler:
         network: any callable (x_t, t, **conditions) -> prediction, x_t (N, C, *size) of `dtype`
             and t (N,) int64 on `device`; ours or a host project's. x_t is a buffer that the next
             step writes: a network that keeps it must clone it.
-        schedule: the noise schedule that it was trained with.
+        schedule: the noise schedule that it was trained with; or a whole plan, in the place of
+            what `plan.make_plan` takes.
         sample_shape: (C, *size) of one sample.
         method, steps, spacing, eta, prediction_type, variance_type, clip_denoised, steps_offset,
             use_clipped_model_output, strength: see `plan.make_plan`.
@@ -58,7 +59,7 @@ class Sampler:
     def __init__(
         self,
         network: Network,
-        schedule: NoiseSchedule,
+        schedule: NoiseSchedule | Plan,
         sample_shape: Sequence[int],
         *,
         method: str = "ddpm",
@@ -82,13 +83,15 @@ class Sampler:
     ) -> None:
         self.device, self.dtype = with_index(torch.device(device)), dtype
         self.network, self.sample_shape = network, tuple(sample_shape)
-        plan = make_plan(
-            *(schedule, method, steps, spacing, eta),
-            *(prediction_type, variance_type, clip_denoised),
-            steps_offset=steps_offset,
-            use_clipped_model_output=use_clipped_model_output,
-            strength=strength,
-        )
+        plan = schedule
+        if not isinstance(plan, Plan):
+            plan = make_plan(
+                *(schedule, method, steps, spacing, eta),
+                *(prediction_type, variance_type, clip_denoised),
+                steps_offset=steps_offset,
+                use_clipped_model_output=use_clipped_model_output,
+                strength=strength,
+            )
         self.plan: Plan = plan.to(self.device)
         self.timesteps = self.plan.index[:, 0].long()
         self.backend, self.backend_reason = resolve_backend(self.device, backend, graphs)
@@ -242,6 +245,7 @@ class Sampler:
         classes: Sequence[int] | None = None,
         x_T: FirstState | None = None,
         x_start: FirstState | None = None,
+        noise: Callable[[Tensor, int], Tensor | None] | None = None,
         callback: Callable[[Tensor, int, Tensor], None] | None = None,
         callback_every: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -258,6 +262,8 @@ class Sampler:
                 indices, or a function from some of them (B,) to theirs (B, C, *size).
             x_start: likewise, for a sampler with a strength (img2img: each is noised, and denoised
                 from there) or method ddim_inverse (each is turned into its x_T).
+            noise: in the place of the steps' drawn noise, a function of (sample indices (B,), step)
+                to (B, C, *size), called before each step, 1 .. S; None where that uses none.
             callback: called as (sample indices, steps done, x_t) before the first step, after each
                 `callback_every` and after the last, without the padding. x_t is on the CPU; clone
                 what you keep. A GPU's steps go on meanwhile: the host waits for the copy alone.
@@ -267,7 +273,7 @@ class Sampler:
             batch_size = self.default_batch_size(indices)
         self.check(indices, seed, batch_size, classes, x_T, x_start)
         wanted, first = iter(indices), 0
-        with self.loops.borrowed(self, batch_size) as lent:
+        with self.loops.borrowed(self, batch_size, noise is not None) as lent:
             while some := [*islice(wanted, batch_size)]:
                 for i in some:
                     count("a sample's index", i, 0, LAST_INDEX)
@@ -279,7 +285,7 @@ class Sampler:
                 check_first_state(self.plan, (batch_size, *self.sample_shape), *given)
                 lent.start(seed, index, self.labels(index, classes), *given)
                 x, see = lent.loop.x[:kept], callback and partial(callback, index[:kept])
-                lent.run(x, see, callback_every)
+                lent.run(x, see, callback_every, noise and partial(noise, index))
                 first += kept
                 yield index[:kept], x.clone()
 
