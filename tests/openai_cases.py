@@ -198,14 +198,13 @@ def their_maker(folder: str) -> Make:
     return make
 
 
-def run_all(make: Make) -> dict[str, np.ndarray]:
-    """Of each case all numbers, in a row."""
-    return {
-        name: torch.cat([p.float().flatten() for p in run(make)]).numpy() for name, run in cases()
-    }
+def together(parts: Iterator[Tensor]) -> np.ndarray:
+    """All numbers of a case, in a row."""
+    return torch.cat([part.float().flatten() for part in parts]).numpy()
 
 
 if __name__ == "__main__":
-    found = run_all(their_maker(sys.argv[1]))
+    make = their_maker(sys.argv[1])
+    found = {name: together(run(make)) for name, run in cases()}
     np.savez_compressed(FIXTURE, **found)
     print(f"{len(found)} cases, {FIXTURE.stat().st_size} bytes")
