@@ -74,7 +74,8 @@ def _eps(schedule: NoiseSchedule, prediction_type: str) -> tuple[np.ndarray, np.
     if prediction_type == "previous_x":  # by way of x_0
         table = np.zeros((len(keep), WIDTH))
         predict_xstart(schedule, table, prediction_type)
-        return (1.0 - keep * table[:, A]) / root, -keep * table[:, B] / root
+        with np.errstate(invalid="ignore"):  # likewise
+            return (1.0 - keep * table[:, A]) / root, -keep * table[:, B] / root
     return root, keep
 
 

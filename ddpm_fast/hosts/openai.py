@@ -105,7 +105,8 @@ class GaussianDiffusion(Training):
         """Whether a step is the fused one: without hooks, gradients, or a p_mean_variance that a
         subclass has made its own."""
         own = type(self).p_mean_variance is not GaussianDiffusion.p_mean_variance
-        return not (own or any(hooks) or torch.is_grad_enabled() or x.dtype != torch.float32)
+        hooked = any(hook is not None for hook in hooks)
+        return not (own or hooked or torch.is_grad_enabled() or x.dtype != torch.float32)
 
     def _fused_step(
         self,
