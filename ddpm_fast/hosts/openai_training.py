@@ -31,8 +31,8 @@ class Training(Process):
         output = self._wrap_model(model)(x_t, t, **(model_kwargs or {}))
         prediction_type, variance_type = self._types
         learned, terms = variance_type.startswith("learned"), {}
+        output, extra = split(output, x_t, learned)
         if learned:
-            output, extra = split(output, x_t, learned)
             # The bound trains the variance, but not the mean.
             frozen = torch.cat((output.detach(), extra), 1)
             p = reference.p_mean_variance(self.schedule, frozen, x_t, t, *self._types, False)
