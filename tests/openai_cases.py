@@ -2,7 +2,7 @@
 
     python tests/openai_cases.py GUIDED_DIFFUSION  # a checkout of openai/guided-diffusion
 
-The same functions run on ours in test_openai_host.py, and what they return is compared.
+The same functions run on ours in test_hosts_openai.py, and what they return is compared.
 """
 
 from __future__ import annotations

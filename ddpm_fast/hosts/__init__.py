@@ -1,1 +1,1 @@
-"""The objects of other code bases, on our schedule and fused step: a module per code base."""
+"""ddpm_fast inside other projects, under their interfaces."""

@@ -1,14 +1,14 @@
-"""The losses and the likelihood of OpenAI's diffusion object; the object: `openai`."""
+"""The losses and the likelihood of OpenAI's diffusion object; the object: `diffusion`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .. import likelihood, reference
-from ..likelihood import mean_flat
-from ..reference_process import split
-from .openai_process import Kwargs, Network, Process, Terms
+from ... import likelihood, reference
+from ...likelihood import mean_flat
+from ...reference_process import split
+from .process import Kwargs, Network, Process, Terms
 
 
 class Training(Process):

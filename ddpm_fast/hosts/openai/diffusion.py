@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops, reference
-from ..arguments import shown
-from ..plan import Plan, make_plan
-from ..sampler import Sampler
-from .openai_process import Hook, Kwargs, Network, Terms
-from .openai_training import Training
+from ... import ops, reference
+from ...arguments import shown
+from ...plan import Plan, make_plan
+from ...sampler import Sampler
+from .process import Hook, Kwargs, Network, Terms
+from .training import Training
 
 
 class GaussianDiffusion(Training):
-    """Their object of that name; arguments: see `openai_process.Process`.
+    """Their object of that name; arguments: see `process.Process`.
 
     Under `torch.no_grad()`, as in the loops, a step without denoised_fn and cond_fn is the fused
     one (`ops.p_sample_step`); the rest is `reference`.

@@ -1,4 +1,4 @@
-"""What OpenAI's diffusion object is made of, and what the network says; the object: `openai`."""
+"""What OpenAI's diffusion object is made of, and what the network says; the object: `diffusion`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import reference
-from ..arguments import one_of
-from ..schedule import NoiseSchedule
+from ... import reference
+from ...arguments import one_of
+from ...schedule import NoiseSchedule
 
 # Their enums' members, by name.
 PREDICTION_TYPES = {"EPSILON": "epsilon", "START_X": "sample", "PREVIOUS_X": "previous_x"}
