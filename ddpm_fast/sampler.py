@@ -227,9 +227,9 @@ class Sampler:
         seed: int = 0,
         batch_size: int | None = None,
         classes: Sequence[int] | None = None,
+        conditions: Mapping[str, FirstState] | None = None,
         x_T: FirstState | None = None,
         x_start: FirstState | None = None,
-        conditions: Mapping[str, FirstState] | None = None,
         callback: Callable[[Tensor, int, Tensor], None] | None = None,
         callback_every: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -242,12 +242,12 @@ class Sampler:
                 the others are. They may have no end, and are asked for a batch at a time.
             batch_size: how many are computed at once; a last, partial batch is padded.
             classes: sample i is of class classes[i % len(classes)]; None is no class.
+            conditions: the values of the sampler's, by name: (N, *shape), or functions, as for x_T.
+                Guidance gives them to both halves.
             x_T: in the place of the drawn x_T, floating point: (N, C, *size) in the order of the N
                 indices, or a function from some of them (B,) to theirs (B, C, *size).
             x_start: likewise, for a sampler with a strength (img2img: each is noised, and denoised
                 from there) or method ddim_inverse (each is turned into its x_T).
-            conditions: of the sampler's, by name: (N, *shape), or functions, as for x_T. Guidance
-                gives them to both halves.
             callback: called as (sample indices, steps done, x_t) before the first step, after each
                 `callback_every` and after the last, without the padding. x_t is on the CPU; clone
                 what you keep. A GPU's steps go on meanwhile: the host waits for the copy alone.
