@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 BAD_ROW = 1  # of the status word; csrc/include/ddpm_fast/arguments.h
 
-# What a run starts from: all of its samples' (N, C, *size), or a function from some of their
-# indices (B,) to these samples' (B, C, *size).
+# What a run starts from, or is given of each sample: all of its samples' (N, *shape), or a function
+# from some of their indices (B,) to these samples' (B, *shape).
 FirstState = Tensor | Callable[[Tensor], Tensor]
 
 
@@ -53,12 +53,18 @@ class Loop:
             device=device,
             memory_format=order,
         )
-        self.conditions = {} if sampler.num_classes is None else {"class_labels": self.labels}
+        self.named = {
+            name: torch.zeros(len(self.rows), *one.shape, dtype=one.dtype, device=device)
+            for name, one in sampler.conditions.items()
+        }
+        labels = {} if sampler.num_classes is None else {"class_labels": self.labels}
+        self.conditions = self.named | labels
 
     @property
     def nbytes(self) -> int:
         """Of all buffers."""
         tensors = [v for v in vars(self).values() if isinstance(v, Tensor) and v is not self.row]
+        tensors += self.named.values()
         return sum(v.untyped_storage().nbytes() for v in tensors)
 
     def rewind(self) -> None:
@@ -73,9 +79,12 @@ class Loop:
         labels: Tensor | None,
         x_T: Tensor | None = None,
         x_start: Tensor | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Make the state that the first row takes of the samples `index`: x_T, given or drawn, or
         x_start noised as the plan says; then go back to the first row.
+
+        conditions: the network's, by name, each (B, *shape).
         """
         sampler = self.sampler
         self.seed.fill_(_as_int64(seed))
@@ -86,6 +95,9 @@ class Loop:
         if self.guidance is not None:
             self.guidance.fill_(sampler.guidance_scale)
             self.labels[self.batch_size :].fill_(sampler.null_class)
+        for name, value in (conditions or {}).items():
+            for half in self.named[name].split(self.batch_size):
+                half.copy_(value)
         if x_T is not None:
             self.x.copy_(x_T)
         elif x_start is not None:
@@ -155,7 +167,7 @@ class Loop:
 
 
 def rows(given: FirstState | None, index: Tensor, place: Tensor) -> Tensor | None:
-    """Of a first state that was given, what belongs to a batch.
+    """Of what was given of all samples, what belongs to a batch.
 
     index: its samples' (B,); place: their places (B,) in the order in which they were asked for.
     """

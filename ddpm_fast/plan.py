@@ -25,7 +25,7 @@ from ddpm_fast.methods import (
     Settings,
     predict_xstart,
 )
-from ddpm_fast.schedule import PREDICTION_TYPES, VARIANCE_TYPES, NoiseSchedule
+from ddpm_fast.schedule import STEP_PREDICTION_TYPES, VARIANCE_TYPES, NoiseSchedule
 from ddpm_fast.spacing import timesteps_for
 
 
@@ -114,7 +114,7 @@ def _check_finite(coefficients: torch.Tensor, timesteps: list[int], prediction_t
     timestep = timesteps[int(bad.nonzero()[0])]
     advice = (
         "use a model with v_prediction or sample, or leave this timestep out"
-        if prediction_type == "epsilon"
+        if prediction_type in ("epsilon", "previous_x")
         else "leave this timestep out"
     )
     raise ValueError(
@@ -129,7 +129,7 @@ def _check_options(
     if not isinstance(schedule, NoiseSchedule):
         raise ValueError(f"schedule must be a NoiseSchedule, but {shown(schedule)} was given.")
     one_of("method", method, METHODS)
-    one_of("prediction_type", settings.prediction_type, PREDICTION_TYPES)
+    one_of("prediction_type", settings.prediction_type, STEP_PREDICTION_TYPES)
     one_of("variance_type", settings.variance_type, VARIANCE_TYPES)
     for name, value in (
         ("clip_denoised", clip_denoised),
@@ -182,7 +182,8 @@ def make_plan(
     method: ddpm, ddim, dpmpp_2m (DPM-Solver++), or ddim_inverse, which goes from x_0 to x_T.
     steps, spacing, steps_offset: see `spacing.timesteps_for`; None is every timestep.
     eta: 0 .. 1, ddim only (0 draws no noise, 1 has DDPM's fixed_small variance). prediction_type,
-    variance_type: what the model was trained for. clip_denoised: pred_xstart into [-1, 1].
+    variance_type: what the model was trained for (previous_x: the mean of x_{t-1}, which no clip
+    moves). clip_denoised: pred_xstart into [-1, 1].
     use_clipped_model_output: ddim only; where the clip has moved pred_xstart, True derives eps from
     it again (guided-diffusion), False keeps the network's own beside it (diffusers' default).
     strength: img2img (SDEdit, Meng et al. 2022, arXiv:2108.01073): start from a given x_start,

@@ -14,7 +14,9 @@ import numpy as np
 
 from ddpm_fast.arguments import count, one_of, real, shown
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")  # of a stored model
+# What a step can be made of: also the mean of x_{t-1}, the PREVIOUS_X of OpenAI's code.
+STEP_PREDICTION_TYPES = (*PREDICTION_TYPES, "previous_x")
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 MAX_TIMESTEPS = 2**20 - 1  # the noise contract counts steps in 20 bits, and step 0 draws x_T
@@ -65,6 +67,7 @@ class NoiseSchedule:
     def _set_tables(self, betas: np.ndarray, ac: np.ndarray, ac_prev: np.ndarray) -> None:
         self._recipe: dict[str, Any] | None = None
         alphas = 1.0 - betas
+        self.alphas_cumprod_next = np.append(ac[1:], 0.0)
         self.num_timesteps: int = len(betas)
         self.betas, self.alphas = betas, alphas
         self.alphas_cumprod, self.alphas_cumprod_prev = ac, ac_prev
