@@ -121,6 +121,30 @@ def test_the_guidance_scale_may_change(class_model, captures):
     assert len(captures) == 1
 
 
+def test_conditions_and_noise_of_ones_own(captures):
+    """New values of both in the same capture."""
+    masks, drawn = torch.rand(2, 5, 1, 4, 4), torch.randn(2, 20, 5, 1, 4, 4)
+    runs = []
+    for graphs in (True, False):
+        sampler = Sampler(
+            lambda x, t, mask: 0.1 * x * mask,
+            NoiseSchedule.linear(20),
+            (1, 4, 4),
+            device="cuda",
+            backend="cuda",
+            graphs=graphs,
+            conditions={"mask": torch.ones(1, 4, 4)},
+        )
+        for mask, noise in zip(masks, drawn, strict=True):
+            settings = {"batch_size": 2, "conditions": {"mask": mask}}
+            runs.append(sampler.sample(5, **settings))
+            runs.append(sampler.sample(5, **settings, noise=lambda i, k, z=noise: z[k - 1][i]))
+    for captured, eager in zip(runs[:4], runs[4:], strict=True):
+        assert not difference(captured, eager)
+    assert not torch.equal(runs[0], runs[2]) and not torch.equal(runs[0], runs[1])
+    assert len(captures) == 2  # with noise that is given, and without
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("every", [1, 3, 100])
 def test_callbacks_see_the_eager_states(class_model, every, form):
