@@ -17,13 +17,13 @@ test: $(VENV)/built $(VENV)/tested
 bench: $(VENV)/built
 	$(PY) -m pytest benchmarks --benchmark-only
 
-# These use $(PYTHON) with the torch it has, and install nothing; each leaves a JSON file in
-# benchmarks/results/.
+# These use $(PYTHON) with the torch it has, and install nothing; each keeps a JSON file in
+# benchmarks/results/ up to date while it runs, and goes on from it with RESUME=--resume.
 test-gpu: in-place
-	$(PYTHON) -m pytest $(GPU_TESTS) --json benchmarks/results/test_gpu.json
+	$(PYTHON) tests/gpu_session.py $(RESUME) --json benchmarks/results/test_gpu.json $(GPU_TESTS)
 
 bench-gpu: in-place
-	PYTHONPATH=. $(PYTHON) benchmarks/bench_captured.py
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/bench_captured.py $(RESUME)
 
 in-place:
 	$(PYTHON) setup.py --quiet build_ext --inplace

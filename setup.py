@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -53,4 +54,9 @@ class CMakeBuild(build_ext):
                 sys.exit(f"ddpm_fast: the build failed in `{shlex.join(command)}`; see above.")
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:  # which cannot read pyproject.toml
+    sys.exit(
+        f"ddpm_fast: building needs setuptools 77 or newer, and this is {setuptools.__version__}: "
+        "pip install --upgrade setuptools"
+    )
 setup(ext_modules=[Extension("ddpm_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

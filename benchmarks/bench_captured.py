@@ -1,250 +1,241 @@
 """Sampling loops on a GPU: diffusers eager and compiled, ours eager and captured, in one run.
 
-    python benchmarks/bench_captured.py [--budget 480] [--smoke]
+    python benchmarks/bench_captured.py [--budget 420] [--resume] [--smoke]
 
 The digit model and Ho et al.'s CIFAR-10 U-Net, at several batches; all draw DDPM steps with the
 same weights, each engine has its turn in each round, and the device is synchronised. diffusers'
-engines need the extra `peers` and are named where they are left out. What the budget (seconds) does
-not reach is named too: compiling comes last. Figures, with the seconds of compiling or capturing
-apart, go to results/captured.json. --smoke takes three steps of a tiny network, also on a CPU, and
-prints them.
+engines need the extra `peers`; without it our U-Net in plain PyTorch stands in, and is called that.
+The figures, with the seconds of compiling or capturing apart, are in results/captured.json after
+each batch, so also when the time is up or the process killed; --resume goes on from there. What the
+budget (seconds) does not reach is named: compiling comes last. --smoke takes three steps of a tiny
+network, also on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import os
+import signal
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import results
 import torch
+from gpu_measure import Bench, Run
+from loop_engines import CAPTURED, EAGER, ENGINES, ONE, PEER, PEER_MISSING, SLOW_TO_MAKE, Engine
 from networks import MODELS, flop_of, with_random_weights
 
-from ddpm_fast.backend import BackendError, resolve_backend
+from ddpm_fast.backend import BackendError
 from ddpm_fast.checkpoint import Model
-from ddpm_fast.device import resolve_device
-from ddpm_fast.executor import ONE_LAUNCH, WHOLE
-from ddpm_fast.graphs import while_loop_obstacle
-from ddpm_fast.sampler import Sampler
+from ddpm_fast.device import device_name, resolve_device
 from ddpm_fast.unet_config import UNetConfig
 
-Run = Callable[[], object]  # of all steps of a batch
 STEPS = 50
 BATCHES = {"cifar10": [1, 64, 8, 256], "mnist": [64, 1, 8, 256]}  # the most telling first
-COMPILED = ("reduce-overhead", "max-autotune")
-LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 LARGEST_BATCH, WORTH_DOUBLING = 4096, 1.05
-CAPTURED = "ddpm_fast captured"
-F32, BF16 = torch.float32, torch.bfloat16
+FEWEST_ROUNDS, LONG = 3, 15.0  # rounds of a batch that takes so many seconds
+NO_TIME, UNDER_WAY = "no time was left", "the process ended in it"
+GRACE = 40.0  # seconds from the end of the budget to the end of what is then being measured
 
 
-@dataclass
-class Bench:
-    """What every measurement shares, and what it finds."""
-
-    device: torch.device
-    steps: int
-    deadline: float
-    rounds: int = 5
-    peak_flops: float = 0.0  # of a bfloat16 matrix product
-    left_out: dict[str, str] = field(default_factory=dict)  # engine or cell: why
-    figures: dict[str, dict] = field(default_factory=dict)
-
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def seconds(self, run: Run) -> float:
-        self.wait()
-        began = time.perf_counter()
-        run()
-        self.wait()
-        return time.perf_counter() - began
+class TimeUp(BaseException):
+    """The end of the budget, in the middle of something that takes long."""
 
 
-def diffusers(bench: Bench, model: Model, n: int, dtype: torch.dtype, mode: str = "") -> Run:
-    """DDPMPipeline's loop, without its pictures; `mode` of torch.compile, or none."""
-    from diffusers_peer import to_diffusers
-
-    pipeline = to_diffusers(model)
-    unet, scheduler = pipeline.unet.to(bench.device, dtype), pipeline.scheduler
-    if bench.device.type == "cuda":
-        unet = unet.to(memory_format=torch.channels_last)
-    if mode:
-        unet = torch.compile(unet, mode=mode, dynamic=False)
-    scheduler.set_timesteps(bench.steps)
-    # The network's timesteps lie on its device, which spares a copy; the scheduler reads its own.
-    timesteps = list(zip(scheduler.timesteps, scheduler.timesteps.to(bench.device), strict=True))
-
-    def run() -> torch.Tensor:
-        x = torch.randn(n, *model.config.sample_shape, device=bench.device, dtype=dtype)
-        for t, given in timesteps:
-            if mode:
-                torch.compiler.cudagraph_mark_step_begin()
-            x = scheduler.step(unet(x, given).sample, t, x).prev_sample
-        return x
-
-    return run
-
-
-def ours(bench: Bench, model: Model, n: int, **settings: object) -> Run:
-    if bench.device.type == "cuda":
-        settings["backend"] = _backend(bench)
-    elif settings.get("graphs"):
-        raise BackendError("there is nothing to capture on a CPU")
-    settings |= {"device": bench.device, "dtype": BF16, "steps": bench.steps}
-    sampler = Sampler.from_model(model, **settings)
-    if settings.get("graphs"):
-        sampler.capture([n])
-    if settings.get("steps_per_graph") == WHOLE and sampler.loops.forms != [ONE_LAUNCH]:
-        raise BackendError(f"not here: {while_loop_obstacle() or 'a node that no loop may hold'}")
-    return lambda: [None for _ in sampler.batches(range(n), batch_size=n)]
-
-
-def _backend(bench: Bench) -> str:
-    try:
-        return resolve_backend(bench.device, "cuda")[0]
-    except BackendError:
-        return resolve_backend(bench.device, "triton")[0]
-
-
-Engine = Callable[[Bench, Model, int], Run]
-ENGINES: dict[str, Engine] = {
-    "diffusers float32": partial(diffusers, dtype=F32),
-    "diffusers bfloat16": partial(diffusers, dtype=BF16),
-    "ddpm_fast eager": ours,
-    CAPTURED: partial(ours, graphs=True),
-    f"{CAPTURED}, 10 steps a launch": partial(ours, graphs=True, steps_per_graph=10),
-    f"{CAPTURED}, one launch": partial(ours, graphs=True, steps_per_graph=WHOLE),
-}
-SLOW_TO_MAKE: dict[str, Engine] = {
-    f"diffusers bfloat16, compiled {mode}": partial(diffusers, dtype=BF16, mode=mode)
-    for mode in COMPILED
-}
-
-
-def launches(bench: Bench, run: Run) -> dict[str, float]:
-    """Calls that give the GPU work, kernels, and milliseconds that it is busy, each a step."""
-    if bench.device.type != "cuda":
-        return {}
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        run()
-        bench.wait()
-    events = profile.events()
-    calls = sum(e.name.startswith(LAUNCHES) for e in events)
-    kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    busy = sum(e.time_range.elapsed_us() for e in kernels) / 1e3
-    return {
-        "launches": calls / bench.steps,
-        "kernels": len(kernels) / bench.steps,
-        "busy_ms": busy / bench.steps,
-    }
-
-
-def free(bench: Bench) -> None:
-    gc.collect()
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(bench.device)
-
-
-def prepared(bench: Bench, engine: Engine, model: Model, n: int) -> tuple[Run, dict]:
-    """A run that has had its compiling or capturing, and the figures of that."""
-    free(bench)
-    began = time.perf_counter()
-    run = engine(bench, model, n)
-    run()
-    bench.wait()
-    row = {"prepared_seconds": time.perf_counter() - began}
-    bench.seconds(run)
-    if bench.device.type == "cuda":
-        row["peak_mib"] = torch.cuda.max_memory_reserved(bench.device) / 2**20
-    return run, row | launches(bench, run)
+class LostGpu(Exception):
+    """An error after which this process can do nothing on the GPU."""
 
 
 def measure(bench: Bench, name: str, model: Model, n: int, engines: dict[str, Engine]) -> None:
-    """One cell: these engines, in rounds in which each has its turn."""
+    """These engines at one batch, in rounds in which each has its turn."""
     cell = bench.figures.setdefault(name, {}).setdefault(str(n), {})
     runs: dict[str, Run] = {}
+    rows: dict[str, dict] = {}
     for label, engine in engines.items():
-        if label in bench.left_out:
+        place = f"{name}, batch {n}: {label}"
+        if label in cell or label in bench.left_out or place in bench.left_out:
             continue
+        if bench.left() < 0:
+            bench.left_out[place] = NO_TIME
+            continue
+        bench.left_out[place] = UNDER_WAY  # should the process end in it, the next leaves it out
+        bench.save()
         try:
-            runs[label], cell[label] = prepared(bench, engine, model, n)
-        except (ImportError, BackendError) as error:
+            with naming(bench, place):
+                # Whether the profiler bears a loop inside a graph is not known.
+                runs[label], rows[label] = bench.prepared(
+                    partial(engine, bench, model, n), profiled=label != ONE
+                )
+                del bench.left_out[place]
+        except BackendError as error:
             bench.left_out[label] = str(error)
-        except RuntimeError as error:  # out of memory, or a compiler's failure
-            bench.left_out[f"{name}, batch {n}: {label}"] = str(error).split("\n")[0]
+            del bench.left_out[place]
     taken: dict[str, list[float]] = {label: [] for label in runs}
+    began = time.perf_counter()
     for done in range(bench.rounds):
-        if done and bench.left() < 0:
+        long = time.perf_counter() - began > LONG or bench.left() < 0
+        if long and done >= FEWEST_ROUNDS:
             break
-        for label, run in runs.items():
-            taken[label].append(bench.seconds(run))
+        for label in list(taken):
+            place = f"{name}, batch {n}: {label}"
+            with naming(bench, place):
+                taken[label].append(bench.seconds(runs[label]))
+            if place in bench.left_out:
+                del taken[label]
     work = flop_of(model) * n
     for label, times in taken.items():
-        row, run_seconds = cell[label], statistics.median(times)
-        step = run_seconds / bench.steps
-        row |= {
-            "rounds": len(times),
-            "ms_per_step": 1e3 * step,
-            f"images_per_second_{bench.steps}": n / run_seconds,
-            "images_per_second_1000": n / (1000 * step),  # by the same milliseconds a step
-        }
-        if bench.peak_flops:
-            row["share_of_peak"] = work / step / bench.peak_flops
-        if "busy_ms" in row:
-            row["idle"] = max(0.0, 1 - row["busy_ms"] / row["ms_per_step"])
-        print(f"{name} {n:4} {label:40} {row['ms_per_step']:9.3f} ms a step", flush=True)
+        cell[label] = rows[label] | timing(bench, n, times, rows[label].get("busy_ms"), work)
+        print(f"{name} {n:4} {label:50} {cell[label]['ms_per_step']:9.3f} ms a step", flush=True)
+    bench.save()
 
 
-def matmul_peak(bench: Bench) -> float:
-    """FLOP/s of a bfloat16 product of 8192 x 8192 matrices."""
-    if bench.device.type != "cuda":
-        return 0.0
-    a, b = (torch.randn(8192, 8192, device=bench.device, dtype=BF16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    return 2 * 8192**3 / min(bench.seconds(lambda: a @ b) for _ in range(10))
+@contextmanager
+def naming(bench: Bench, place: str) -> Iterator[None]:
+    """What fails here is left out, and named; LostGpu where nothing more can be done."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except Exception as error:  # out of memory, or whatever a peer or a compiler fails with
+        bench.left_out[place] = f"{type(error).__name__}: {str(error).split(chr(10))[0]}"
+        if bench.gpu_is_lost():
+            raise LostGpu(bench.left_out[place]) from error
 
 
-def grow(bench: Bench, name: str, model: Model, n: int) -> None:
-    """Further batches, doubled as long as ours captured gains by it; all engines at the last."""
-    label, best = CAPTURED, 0.0
-    cell = bench.figures[name].get(str(n), {})
-    while label in cell and cell[label]["images_per_second_1000"] > WORTH_DOUBLING * best:
-        best = cell[label]["images_per_second_1000"]
-        if n == LARGEST_BATCH or bench.left() < 60:
-            return
+def timing(
+    bench: Bench, n: int, times: list[float], busy_ms: float | None, work: int
+) -> dict[str, float]:
+    """times: seconds of whole runs. work: floating-point operations of a step."""
+    run_seconds = statistics.median(times)
+    step = run_seconds / bench.steps
+    row = {
+        "rounds": len(times),
+        "ms_per_step": 1e3 * step,
+        f"images_per_second_{bench.steps}": n / run_seconds,
+        "images_per_second_1000": n / (1000 * step),  # by the same milliseconds a step
+    }
+    if bench.peak_flops:
+        row["share_of_peak"] = work / step / bench.peak_flops
+    if busy_ms is not None:
+        row["idle"] = max(0.0, 1 - busy_ms / row["ms_per_step"])
+    return row
+
+
+def grow(bench: Bench, name: str, n: int, largest: int) -> Iterator[tuple[int, list[str]]]:
+    """(batch, engines) beyond n, doubled as long as ours gains by it; all engines at the last."""
+    cells, best, pays = bench.figures[name], 0.0, n
+    label = CAPTURED if CAPTURED in cells[str(n)] else EAGER
+    while label in (cell := cells[str(n)]) and cell[label]["images_per_second_1000"] > best:
+        best, pays = WORTH_DOUBLING * cell[label]["images_per_second_1000"], n
+        if n >= largest:
+            break
         n *= 2
-        measure(bench, name, model, n, {label: ENGINES[label]})
-        cell = bench.figures[name][str(n)]
-    pays = n // 2
-    if len(bench.figures[name][str(pays)]) == 1:
-        measure(bench, name, model, pays, ENGINES)
+        yield n, [label]
+    yield pays, list(ENGINES)
 
 
-def compiled(bench: Bench, models: dict[str, Model], cells: Iterable[tuple[str, int]]) -> None:
-    """diffusers with torch.compile, as far as the time goes, judged by the slowest so far."""
-    cells, longest = list(cells), dict.fromkeys(SLOW_TO_MAKE, 60.0)
-    for label, engine in SLOW_TO_MAKE.items():
-        for name, n in cells:
-            if bench.left() < longest[label]:
-                bench.left_out[f"{name}, batch {n}: {label}"] = "no time was left"
-                continue
-            torch.compiler.reset()
-            began = time.monotonic()
-            measure(bench, name, models[name], n, {label: engine})
-            longest[label] = max(longest[label], time.monotonic() - began)
+def compiled(turns: Iterable[Iterable[tuple[str, int]]]) -> Iterator[tuple[str, int, str]]:
+    """What to measure with torch.compile, the most telling first."""
+    for turn in map(list, turns):
+        for label in SLOW_TO_MAKE:
+            for name, n in turn:
+                yield name, n, label
+
+
+def goals(figures: dict[str, dict]) -> dict[str, str]:
+    """What issue 4 wants of an H100 or H200, as far as it was measured."""
+    said, peer = {}, f"{PEER} bfloat16"
+    for name, n, wanted in (("cifar10", "1", 5), ("mnist", "64", 10)):
+        cell = figures.get(name, {}).get(n, {})
+        if peer in cell and CAPTURED in cell:
+            ratio = cell[peer]["ms_per_step"] / cell[CAPTURED]["ms_per_step"]
+            said[f"{name}, batch {n}, against {peer}"] = f"{ratio:.2f} times (wanted: {wanted})"
+    idle = figures.get("cifar10", {}).get("1", {}).get(CAPTURED, {}).get("idle")
+    if idle is not None:
+        said["cifar10, batch 1, GPU idle"] = f"{100 * idle:.1f} % (wanted: under 3 %)"
+    both = {
+        f"{name}, batch {n}": cell[EAGER]["ms_per_step"] / cell[CAPTURED]["ms_per_step"]
+        for name, cells in figures.items()
+        for n, cell in cells.items()
+        if EAGER in cell and CAPTURED in cell
+    }
+    if both:
+        place = min(both, key=both.get)
+        said["captured against our eager loop"] = (
+            f"{both[place]:.2f} times at least, at {place} (wanted: 1)"
+        )
+    return said
+
+
+def measure_all(
+    bench: Bench, models: dict[str, Model], batches: dict[str, list[int]], largest: int
+) -> None:
+    turns = zip(*(batches[name] for name in models), strict=True)  # each model's first, and so on
+    turns = [list(zip(models, turn, strict=True)) for turn in turns]
+    for turn in turns:
+        for name, n in turn:
+            measure(bench, name, models[name], n, ENGINES)
+    for name, model in models.items():
+        for n, labels in grow(bench, name, max(batches[name]), largest):
+            if bench.left() < GRACE:
+                bench.left_out[f"{name}, batch {n}"] = NO_TIME
+                break
+            measure(bench, name, model, n, {label: ENGINES[label] for label in labels})
+    longest = dict.fromkeys(SLOW_TO_MAKE, 30.0)  # seconds
+    for name, n, label in compiled(turns):
+        if bench.left() < longest[label]:
+            bench.left_out[f"{name}, batch {n}: {label}"] = NO_TIME
+            continue
+        began = time.monotonic()
+        measure(bench, name, models[name], n, {label: SLOW_TO_MAKE[label]})
+        longest[label] = max(longest[label], time.monotonic() - began)
+
+
+def save(bench: Bench, path: Path, complete: bool = False) -> None:
+    figures = {
+        "complete": complete,
+        "steps": bench.steps,
+        "peer": PEER,
+        "cuda": torch.version.cuda,
+        "peak_tflops": bench.peak_flops / 1e12,
+        "goals": goals(bench.figures),
+        "left_out": bench.left_out,
+        "models": bench.figures,
+    }
+    results.write(path.stem, figures, path.parent)
+
+
+def resume(bench: Bench, path: Path) -> None:
+    """Take over what the file has of this device, and try again what there was no time for."""
+    if not path.exists():
+        return
+    document = json.loads(path.read_text())
+    if document["device"] != device_name(bench.device):
+        raise SystemExit(f"bench_captured: {path} is of another device ({document['device']})")
+    figures = document["figures"]
+    bench.figures = figures["models"]
+    left_out = figures["left_out"].items()
+    bench.left_out = {what: why for what, why in left_out if why != NO_TIME}
+
+
+@contextmanager
+def time_up_after(seconds: float) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise TimeUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(1.0, seconds))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def tiny() -> Model:
@@ -262,39 +253,53 @@ def tiny() -> Model:
     )
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser()
+    p.add_argument("--budget", type=float, default=420.0, help="seconds")
+    p.add_argument("--resume", action="store_true", help="keep what --json has")
+    p.add_argument("--json", type=Path, default=results.FOLDER / "captured.json")
+    p.add_argument("--smoke", action="store_true", help="a tiny network, three steps, any device")
+    return p.parse_args(argv)
+
+
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser()
-    p.add_argument("--budget", type=float, default=480.0, help="seconds")
-    p.add_argument("--smoke", action="store_true", help="tiny networks, three steps, any device")
-    args = p.parse_args(argv)
+    args = parse(argv)
     device = resolve_device("auto")
     if device.type != "cuda" and not args.smoke:
         print("bench_captured: torch sees no CUDA device, so there is nothing to measure here")
         return 0
-    bench = Bench(device, 3 if args.smoke else STEPS, time.monotonic() + args.budget)
-    bench.peak_flops = matmul_peak(bench)
+    bench = Bench(device, 3 if args.smoke else STEPS, time.time() + args.budget)
+    bench.save = partial(save, bench, args.json)
+    if args.resume:
+        resume(bench, args.json)
+    if PEER_MISSING:
+        bench.left_out["diffusers"] = PEER_MISSING
     if args.smoke:
-        bench.rounds, models, batches = 1, {"tiny": tiny()}, {"tiny": [1, 2]}
+        bench.rounds, models, batches, largest = 1, {"tiny": tiny()}, {"tiny": [1, 2]}, 4
     else:
         models, batches = {name: make() for name, make in MODELS.items()}, BATCHES
-    turns = zip(*(batches[name] for name in models), strict=True)  # each model's first, and so on
-    cells = [cell for turn in turns for cell in zip(models, turn, strict=True)]
-    for name, n in cells:
-        measure(bench, name, models[name], n, ENGINES)
-    if not args.smoke:
-        for name, model in models.items():
-            grow(bench, name, model, max(batches[name]))
-        compiled(bench, models, cells)
-    figures = {
-        "steps": bench.steps,
-        "peak_tflops": bench.peak_flops / 1e12,
-        "left_out": bench.left_out,
-        "models": bench.figures,
-    }
+        largest = LARGEST_BATCH
+    complete = False
+    try:
+        with time_up_after(bench.left() + GRACE):
+            bench.peak_flops = bench.matmul_peak()
+            measure_all(bench, models, batches, largest)
+        complete = NO_TIME not in bench.left_out.values()
+    except TimeUp:
+        print("bench_captured: the time is up, and --resume goes on")
+        bench.left_out |= {p: NO_TIME for p, why in bench.left_out.items() if why == UNDER_WAY}
+    except LostGpu as error:  # another process goes on
+        print(f"bench_captured: {error}", flush=True)
+        bench.save()
+        again = [f"--budget={bench.left()}", "--resume", f"--json={args.json}"]
+        os.execv(sys.executable, [sys.executable, __file__, *again, *["--smoke"] * args.smoke])
+    save(bench, args.json, complete)
     for what, why in bench.left_out.items():
         print(f"left out: {what}: {why}")
-    print(json.dumps(figures) if args.smoke else results.write("captured", figures))
+    for what, reached in goals(bench.figures).items():
+        print(f"goal: {what}: {reached}")
+    print(args.json)
     return 0
 
 

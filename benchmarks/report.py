@@ -131,34 +131,43 @@ def sampling() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _or_nothing(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
+
+
 def captured() -> str:
-    """One line a network, batch and engine; the ratio is to diffusers' eager bfloat16 loop."""
+    """One line a network, batch and engine; the ratio is to the peer's eager bfloat16 loop."""
     document = _read("captured")
     if document is None:
         return ""
     figures = document["figures"]
+    few = f"images_per_second_{figures['steps']}"
     lines = [
         f"Sampling loops on a GPU, whose bfloat16 matrix product reaches "
         f"{figures['peak_tflops']:.0f} TFLOP/s: {_where(document)}.",
         "",
-        "| network | batch | loop | ms a step | against diffusers bfloat16 | images/s, 1000 steps "
-        "| launches a step | GPU idle | share of peak | prepared in s | peak MiB |",
-        "|---" * 11 + "|",
+        f"| network | batch | loop | ms a step | against {figures['peer']} bfloat16 "
+        f"| images/s, 1000 steps | images/s, {figures['steps']} steps | launches a step | GPU idle "
+        "| share of peak | prepared in s | peak MiB |",
+        "|---" * 12 + "|",
     ]
     for network, batches in figures["models"].items():
         for batch, loops in sorted(batches.items(), key=lambda item: int(item[0])):
-            peer = loops.get("diffusers bfloat16", {}).get("ms_per_step")
+            peer = loops.get(f"{figures['peer']} bfloat16", {}).get("ms_per_step")
             for name, row in loops.items():
                 ratio = f"{peer / row['ms_per_step']:.2f}x" if peer else ""
                 lines.append(
                     f"| {network} | {batch} | {name} | {row['ms_per_step']:.3f} | {ratio} "
-                    f"| {row['images_per_second_1000']:.2f} | {row['launches']:.0f} "
-                    f"| {100 * row['idle']:.0f} % | {100 * row['share_of_peak']:.1f} % "
+                    f"| {row['images_per_second_1000']:.2f} "
+                    f"| {row[few]:.1f} | {_or_nothing('{:.1f}', row.get('launches'))} "
+                    f"| {_or_nothing('{:.1%}', row.get('idle'))} | {row['share_of_peak']:.1%} "
                     f"| {row['prepared_seconds']:.1f} | {row['peak_mib']:.0f} |"
                 )
     left_out = [f"{what} ({why})" for what, why in figures["left_out"].items()]
     missing = f"\nLeft out: {'; '.join(left_out)}.\n" if left_out else ""
-    return "\n".join(lines) + "\n" + missing
+    goals = [f"{what}: {reached}" for what, reached in figures["goals"].items()]
+    reached = f"\nOf what is wanted on an H100 or H200: {'; '.join(goals)}.\n" if goals else ""
+    return "\n".join(lines) + "\n" + reached + missing
 
 
 def ops() -> str:

@@ -32,14 +32,18 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
+    """Empty in a copy that is no checkout, or where there is no git."""
     command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
-def write(name: str, figures: dict) -> Path:
-    """Write `figures` under `name`, with what they were measured on."""
+def write(name: str, figures: dict, folder: Path = FOLDER) -> Path:
+    """Write `figures` under `name`, with what they were measured on; whole, or not at all."""
     packages = ("ddpm_fast", "torch", "numpy", "diffusers", "openvino", "triton")
-    path = FOLDER / f"{name}.json"
+    path = folder / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     document = {
         "device": device_name(resolve_device("auto")),
@@ -50,5 +54,6 @@ def write(name: str, figures: dict) -> Path:
         "date": time.strftime("%Y-%m-%d"),
         "figures": figures,
     }
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    return path
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(document, indent=1) + "\n")
+    return beside.replace(path)

@@ -25,7 +25,7 @@ inline constexpr auto torch_threads = [](int64_t chunks, const auto& body) {
 inline void* current_stream(const Tensor& t) {
   void* stream = nullptr;
 #ifdef DDPM_FAST_WITH_CUDA
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
 #else
   require(false, "this build has no CUDA kernels; use backend=\"reference\" on ",
           t.is_cuda() ? "CUDA" : "this device", ", or build beside a CUDA torch.");

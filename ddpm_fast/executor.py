@@ -26,6 +26,7 @@ class Executor:
 
     captures = False
     ahead = 0  # states that may be on their way to the host while further steps are queued
+    loop_obstacle = "nothing is captured"  # what `capture_loop` found in its way
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -47,7 +48,7 @@ class Executor:
         return replay
 
     def capture_loop(self, step: Step) -> Replay | None:
-        """A step that one launch repeats; None where the device cannot do that."""
+        """A step that one launch repeats; None where that cannot be, and `loop_obstacle` why."""
         return None
 
     def between(self, work: Step) -> None:
@@ -68,7 +69,7 @@ class Executor:
         return x.cpu
 
     def synchronize(self) -> None:
-        """Wait for all that was replayed."""
+        """Wait for all that was queued on the device, on whatever stream."""
 
     def memory_held(self) -> int:
         """Bytes on the device that captures keep for themselves."""
@@ -97,12 +98,15 @@ class Stepper:
     ) -> None:
         self._loop: Replay | None = None
         self._captured: list[tuple[int, Replay]] = []
+        self._why_not_whole = ""
         rewind()
         executor.warm_up(step, min(3, num_steps))
         if steps_per_graph == WHOLE:
             rewind()
             self._loop = executor.capture_loop(step)
             steps_per_graph = 1
+            if self._loop is None:
+                self._why_not_whole = f" (not all: {executor.loop_obstacle})"
         if self._loop is None:
             for count in sorted({1, min(steps_per_graph, num_steps)}, reverse=True):
                 rewind()
@@ -114,7 +118,8 @@ class Stepper:
         if self._loop is not None:
             return ONE_LAUNCH
         count = self._captured[0][0]
-        return "a step a launch" if count == 1 else f"{count} steps a launch"
+        form = "a step a launch" if count == 1 else f"{count} steps a launch"
+        return form + self._why_not_whole
 
     def advance(self, steps: int) -> None:
         if self._loop is not None:

@@ -7,7 +7,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,12 @@ CAPTURABLE = ("cuda", "triton")  # backends
 
 _TORCH = os.path.dirname(torch.__file__)
 
-# torch.cuda.graph synchronises the device, which would break another thread's capture.
+# torch.cuda.graph synchronises the device, which would break another thread's capture, and so may
+# what a warm-up is the first to do: create a library's handle, load a kernel.
 _one_capture = threading.Lock()
+
+# Graphs whose capture failed: torch's allocator of pinned memory may go on asking them.
+_abandoned: list[torch.cuda.CUDAGraph] = []
 
 
 class CudaGraphs(Executor):
@@ -30,7 +34,8 @@ class CudaGraphs(Executor):
     The graphs of a pool use the same memory, so no two may run at once: all are replayed on the one
     stream, which is also that of the warm-up and the capture, and nothing is queued there while a
     thread captures. For the few milliseconds of a capture no other thread may synchronise the
-    device, draw from its torch generator, or capture with torch's default error mode, "global".
+    device, draw from its torch generator, capture with torch's default error mode, "global", or use
+    the same one of the 32 streams that torch hands out in turn.
 
     Args:
         device: with its index.
@@ -44,7 +49,8 @@ class CudaGraphs(Executor):
         self._network = network
         self._stream = torch.cuda.Stream(device)
         self._lock = threading.RLock()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pools = [torch.cuda.graph_pool_handle()]  # the last takes what is captured next
+        self._refused: torch.cuda.CUDAGraph | None = None
 
     @contextmanager
     def _queueing(self) -> Iterator[None]:
@@ -63,7 +69,7 @@ class CudaGraphs(Executor):
 
     def warm_up(self, step: Step, count: int) -> None:
         self.join()
-        with self._queueing(), _no_autocast_cache():
+        with self._queueing(), _one_capture, _no_autocast_cache():
             for _ in range(count):
                 step()
         self.join()
@@ -79,14 +85,19 @@ class CudaGraphs(Executor):
         return replay
 
     def capture_loop(self, step: Step) -> Replay | None:
-        if while_loop_obstacle() or self._draws(step):
+        self.loop_obstacle = while_loop_obstacle()
+        if not self.loop_obstacle and self._draws(step):
+            self.loop_obstacle = "the network draws from torch's generator, which the host advances"
+        if self.loop_obstacle:
             return None
         graph = self._captured(step, 1, keep_graph=True)
         remaining = torch.zeros(1, dtype=torch.int64, device=self.device)
         try:
             with torch.cuda.device(self.device):
                 loop = backends.extension.WhileLoop(graph.raw_cuda_graph(), remaining.data_ptr())
-        except RuntimeError:  # a node that a loop may not hold, as a cooperative launch
+        except RuntimeError as error:  # a node that a loop may not hold, as a call of the host
+            self.loop_obstacle = str(error)
+            self._refused = graph  # for the same reason as in `_abandon`
             return None
 
         def replay(times: int, graph: torch.cuda.CUDAGraph = graph) -> None:  # its memory is used
@@ -101,15 +112,43 @@ class CudaGraphs(Executor):
         self.join()
         # The outer context puts the stream back where the inner one, failing, does not.
         with self._queueing(), _one_capture, _no_autocast_cache():
+            begun = False
             try:
-                with torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-                ):
+                with self._capturing(graph, self._pools[-1]):
+                    begun = True
                     for _ in range(count):
                         step()
             except RuntimeError as error:
+                if begun:
+                    self._abandon(graph)
                 raise capture_error(error, self._network) from error
         return graph
+
+    def _capturing(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> torch.cuda.graph:
+        mode = "thread_local"
+        return torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode=mode)
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End what torch leaves begun where CUDA has refused a capture.
+
+        Else, up to torch 2.12, its allocator and its generator would take the process for one that
+        captures, for good (pytorch/pytorch, 180395 and 171263), and the pool would never be freed.
+        """
+        # Torch takes no pool again that has lost its last graph and still has a tensor, which the
+        # error's traceback may hold.
+        pool = self._pools[-1]
+        self._pools.append(torch.cuda.graph_pool_handle())
+        with suppress(RuntimeError):
+            graph.pool()
+            return  # it did end: the step failed by itself
+        _abandoned.append(graph)
+        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with suppress(RuntimeError):  # newer ones have done it
+                end(self.device.index, pool)
+        # A capture that ends well ends the generator's, too.
+        other = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        with suppress(RuntimeError), self._capturing(*other):
+            torch.zeros(1, device=self.device)
 
     def _draws(self, step: Step) -> bool:
         """Whether a step uses torch's generator, which a graph's replay advances and a loop not."""
@@ -131,15 +170,18 @@ class CudaGraphs(Executor):
         return wait
 
     def synchronize(self) -> None:
-        self._stream.synchronize()
+        with self._lock, _one_capture:
+            torch.cuda.synchronize(self.device)
 
     def memory_held(self) -> int:
+        if torch.cuda.get_allocator_backend() != "native":
+            return 0  # cudaMallocAsync keeps no account of pools
+        pools = {tuple(pool) for pool in self._pools}
         segments = torch.cuda.memory_snapshot()
-        mine = (s for s in segments if tuple(s["segment_pool_id"]) == tuple(self._pool))
-        return sum(s["total_size"] for s in mine)
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) in pools)
 
     def release(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pools, self._refused = [torch.cuda.graph_pool_handle()], None
         torch.cuda.empty_cache()
 
 

@@ -238,7 +238,7 @@ def run_samples(
 ) -> None:
     """Draw what is missing, and finish the folder."""
     say = (lambda text: None) if args.quiet or not world.leads else print
-    if GRAPHS[args.graphs] and not sampler.graphs:
+    if GRAPHS[args.graphs] and sampler.device.type == "cpu":  # on a GPU a warning has said it
         say(f"--graphs: {sampler.graphs_obstacle}; sampling step by step")
     missing = missing_samples(output, world, run, args.overwrite, say)
     n, classes = len(missing), settings["classes"]
@@ -251,6 +251,7 @@ def run_samples(
             return
         seconds = time.perf_counter() - began
         if n:
+            run["environment"]["graphs"] = sampler.graphs  # a capture may have failed
             run["speed"] = {
                 "samples": n,
                 "processes": world.size,

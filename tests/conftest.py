@@ -1,9 +1,6 @@
 """What several test files share: a tiny model, its file, and a tiny data set."""
 
-import json
 import os
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +9,6 @@ import torch
 from ddpm_fast import backend
 from ddpm_fast.checkpoint import Model, save_model
 from ddpm_fast.data import Dataset
-from ddpm_fast.device import device_name, resolve_device
 from ddpm_fast.schedule import NoiseSchedule
 from ddpm_fast.training import Trainer, TrainSettings
 from ddpm_fast.unet import UNet
@@ -23,27 +19,6 @@ def pytest_sessionstart(session):
     """In CI a missing extension is a failure; elsewhere each test says what it cannot do."""
     if os.environ.get("CI") and backend.extension is None:
         pytest.exit(f"the compiled extension is missing: {backend.extension_error}", returncode=1)
-
-
-def pytest_addoption(parser):
-    parser.addoption("--json", help="a file for the counts, what failed and why what was skipped")
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    if not config.getoption("--json"):
-        return
-    stats = terminalreporter.stats
-    reasons = (r.longrepr[2].removeprefix("Skipped: ") for r in stats.get("skipped", []))
-    document = {
-        "device": device_name(resolve_device("auto")),
-        "torch": torch.__version__,
-        "counts": {name: len(stats.get(name, [])) for name in ("passed", "failed", "error")},
-        "skipped": Counter(reasons),
-        "not_passed": [r.nodeid for name in ("failed", "error") for r in stats.get(name, [])],
-    }
-    path = Path(config.getoption("--json"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 @pytest.fixture

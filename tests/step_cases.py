@@ -83,6 +83,18 @@ def same_bits(got, want):
     )
 
 
+def difference(got, want):
+    """In how much two float32 tensors differ, in words; empty if they are equal bit for bit."""
+    if got.shape != want.shape:
+        return f"the shape is {tuple(got.shape)}, not {tuple(want.shape)}"
+    if same_bits(got, want):
+        return ""
+    other = got.contiguous().view(torch.int32) != want.contiguous().view(torch.int32)
+    most = (got - want).abs().max().item()
+    place = tuple(other.nonzero()[0].tolist())
+    return f"{int(other.sum())} of {other.numel()} values differ, by up to {most}, first {place}"
+
+
 def fresh(arguments):
     """The arguments with the tensor that a step writes cloned, its memory order kept."""
     previous = arguments["previous_pred_xstart"]

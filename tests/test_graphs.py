@@ -6,27 +6,32 @@ That a GPU then computes the same is shown in test_captured_loop.py.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from ddpm_fast import graphs
+from ddpm_fast import graphs, info
 from ddpm_fast.executor import ONE_LAUNCH, CaptureError, Stepper, take_steps
 from ddpm_fast.graphs import CudaGraphs
 
 POOL, CALLER, OWN = (0, 5), "caller's", "own"
+REFUSED = "operation not permitted when stream is capturing"
 
 
 class Cuda:
-    """The parts of torch.cuda that are used. Of torch's failing captures it has what is nasty: the
-    stream is not put back, and the end raises once more.
+    """The parts of torch.cuda that are used. Of the captures that CUDA refuses it has what is nasty
+    in torch 2.11: the stream is not put back, the end raises once more, and the allocator and the
+    generator still take the process for one that captures.
     """
 
     def __init__(self) -> None:
         self.log: list[tuple] = []
         self.current, self.offset = self.stream_named(CALLER), 0
         self.default_generators = [self]
+        self.pools, self.recording, self.shares = 0, set(), Counter()
+        self.generator_captures = False
 
     def get_offset(self) -> int:
         return self.offset
@@ -39,9 +44,6 @@ class Cuda:
 
             def wait_stream(self, other):
                 cuda.log.append((name, "waits for", other.cuda_stream))
-
-            def synchronize(self):
-                cuda.log.append(("host waits for", name))
 
         return Stream()
 
@@ -65,6 +67,12 @@ class Cuda:
         cuda = self
 
         class Graph:
+            ended = False
+
+            def pool(self):
+                if not self.ended:
+                    raise RuntimeError("without a preceding successful capture")
+
             def replay(self):
                 cuda.log.append(("replay on", cuda.current.cuda_stream))
 
@@ -92,15 +100,45 @@ class Cuda:
     @contextmanager
     def graph(self, graph, pool, stream, capture_error_mode):
         self.log.append(("capture", pool, stream.cuda_stream, capture_error_mode))
+        if pool in self.recording:
+            raise RuntimeError("already recording to mempool_id")
         before, self.current = self.current, stream
+        self.recording.add(pool)
+        self.shares[pool] += 1
+        self.generator_captures = True
         try:
             yield
-        except RuntimeError:
-            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+        except RuntimeError as error:
+            if REFUSED in str(error):
+                raise RuntimeError("failed due to a previous error during capture")  # noqa: B904
+            self._end(graph, pool)
+            raise
+        self._end(graph, pool)
         self.current = before
 
+    def _end(self, graph, pool):
+        self.recording.remove(pool)
+        graph.ended, self.generator_captures = True, False
+
+    def end_allocate(self, index, pool):
+        assert index == 0
+        if pool not in self.recording:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.recording.remove(pool)
+
+    def release_pool(self, index, pool):
+        assert index == 0
+        self.shares[pool] -= 1
+
     def graph_pool_handle(self):
-        return POOL
+        self.pools += 1
+        return (0, POOL[1] + self.pools - 1)
+
+    def get_allocator_backend(self):
+        return "native"
+
+    def synchronize(self, device):
+        self.log.append(("host waits for", "device"))
 
     def memory_snapshot(self):
         return [
@@ -120,6 +158,8 @@ def cuda(monkeypatch):
             monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory, **kw: empty(*a, **kw))
     monkeypatch.setattr(torch, "zeros", lambda *a, device, **kw: zeros(*a, **kw))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", cuda.end_allocate, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", cuda.release_pool, raising=False)
     return cuda
 
 
@@ -166,16 +206,43 @@ def test_a_callback_that_fails_leaves_the_order_right(cuda, executor):
 
 def test_a_failing_capture_puts_the_stream_back(cuda, executor):
     def fails():
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise RuntimeError(REFUSED)
 
     with pytest.raises(CaptureError, match=r"`raise RuntimeError.*: operation not permitted"):
         executor.capture(fails, 1)
     assert cuda.current.cuda_stream == CALLER
-    assert cuda.log == CAPTURE
+    assert cuda.log[: len(CAPTURE)] == CAPTURE
     executor.capture(list, 1)  # and no lock is left held
 
 
-def test_one_thread_captures_at_a_time(cuda, executor):
+def test_a_failing_capture_leaves_nothing_capturing(cuda, executor):
+    """Else torch's generator draws no more in the process, and nothing else is captured in it."""
+
+    def refused():
+        raise RuntimeError(REFUSED)
+
+    def mistaken():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    executor.capture(list, 1)
+    taken = [POOL]
+    for step in (refused, mistaken, refused):
+        cuda.log.clear()
+        with pytest.raises(CaptureError):
+            executor.capture(step, 1)
+        assert not cuda.recording and not cuda.generator_captures
+        taken += [entry[1] for entry in cuda.log if entry[0] == "capture"][:1]
+    # The first pool is taken again, and no other: an error may hold a tensor of its.
+    assert taken[:2] == [POOL] * 2 and len({*taken}) == 3
+    # What was refused has no share left; the one that did end gives its own back when it is gone.
+    assert [cuda.shares[pool] for pool in taken] == [1, 1, 1, 0]
+    executor.capture(list, 1)
+    assert executor.memory_held() == 11  # in the pool of the first
+
+
+@pytest.mark.parametrize("meanwhile", ["capture", "warm_up"])
+def test_one_thread_captures_at_a_time(cuda, executor, meanwhile):
+    """And none warms up, which may be the first to load a kernel."""
     other, log, inside = CudaGraphs(torch.device("cuda", 0)), [], threading.Event()
 
     def slow():
@@ -186,7 +253,7 @@ def test_one_thread_captures_at_a_time(cuda, executor):
     thread = threading.Thread(target=lambda: (inside.wait(), second()))
 
     def second():
-        other.capture(lambda: log.append("second"), 1)
+        getattr(other, meanwhile)(lambda: log.append("second"), 1)
 
     thread.start()
     executor.capture(slow, 1)
@@ -210,8 +277,18 @@ class Extension:
         self.cuda.log.append(("loop on", stream))
 
 
-@pytest.mark.parametrize("obstacle", ["", "runtime", "node", "generator"])
-def test_the_loop_as_one_launch_or_the_next_simpler_form(cuda, executor, monkeypatch, obstacle):
+NO_LOOP = {
+    "": "",
+    "runtime": "old",
+    "node": "operation not supported",
+    "generator": "the network draws from torch's generator, which the host advances",
+}
+
+
+@pytest.mark.parametrize("obstacle, why", NO_LOOP.items(), ids=NO_LOOP)
+def test_the_loop_as_one_launch_or_the_next_simpler_form(
+    cuda, executor, monkeypatch, obstacle, why
+):
     monkeypatch.setattr(graphs, "while_loop_obstacle", lambda: "old" * (obstacle == "runtime"))
     monkeypatch.setattr(graphs.backends, "extension", Extension(cuda, obstacle == "node"))
 
@@ -219,16 +296,50 @@ def test_the_loop_as_one_launch_or_the_next_simpler_form(cuda, executor, monkeyp
         cuda.offset += obstacle == "generator"
 
     stepper = Stepper(executor, step, list, 7, "all")
-    assert stepper.form == ("a step a launch" if obstacle else ONE_LAUNCH)
+    assert stepper.form == (f"a step a launch (not all: {why})" if obstacle else ONE_LAUNCH)
     cuda.log.clear()
     stepper.advance(7)
     assert cuda.log == ([("replay on", OWN)] * 7 if obstacle else [("loop on", OWN)])
 
 
+class Built:
+    """An extension's word on what it was built with, and what the driver has."""
+
+    def __init__(self, cuda_linked: bool = True, has: bool = True) -> None:
+        self.build_config = lambda: {"cuda_linked": cuda_linked}
+        self.has_while_loops = lambda: has
+
+
+@pytest.mark.parametrize(
+    "extension, knows_raw_graphs, obstacle",
+    [
+        (None, True, "this build has no CUDA kernels"),
+        (Built(cuda_linked=False), True, "this build has no CUDA kernels"),
+        (Built(has=False), True, "CUDA 12.4 or newer in the build and in the driver"),
+        (Built(), False, "does not give its graphs away"),
+        (Built(), True, ""),
+    ],
+)
+def test_info_says_what_one_launch_takes(monkeypatch, extension, knows_raw_graphs, obstacle):
+    graph = type("CUDAGraph", (), {"raw_cuda_graph": None} if knows_raw_graphs else {})
+    monkeypatch.setattr(graphs.backends, "extension", extension)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert obstacle in graphs.while_loop_obstacle()
+    said = info._captured_loop()
+    assert f"not: {graphs.while_loop_obstacle()}" in said if obstacle else "asked for by" in said
+
+
 def test_release(cuda, executor):
     executor.synchronize()
     executor.release()
-    assert cuda.log == [("host waits for", OWN), ("empty cache",)]
+    assert cuda.log == [("host waits for", "device"), ("empty cache",)]
+
+
+def test_memory_without_an_account(executor, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: pytest.fail("it has none"))
+    assert executor.memory_held() == 0
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -11,10 +11,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from recording import Recording
 from sampling import pixels, run
 
 from ddpm_fast import noise
 from ddpm_fast.checkpoint import read_tensors, save_model, write_tensors
+from ddpm_fast.executor import CaptureError
 
 QUICK = ["--steps", "5", "--dtype", "float32"]
 
@@ -46,6 +48,23 @@ def test_what_a_run_leaves(model_file, tmp_path, capsys):
     assert decides["timesteps"] == [99, 74, 50, 25, 0]
     assert (decides["classes"], decides["seed"], decides["dtype"]) == ([0, 2], 0, "float32")
     assert decides["noise_contract"] == noise.VERSION and len(decides["model_sha256"]) == 64
+
+
+def test_a_capture_that_falls_back_is_told_once(model_file, tmp_path, capsys, monkeypatch):
+    """By a warning and in run.json, which says how the samples were drawn."""
+    executor = Recording()
+    executor.capture = lambda step, count: fail("a CUDA graph cannot capture the network")
+    monkeypatch.setattr("ddpm_fast.sampler.make_executor", lambda *_: (executor, ""))
+
+    def fail(message):
+        raise CaptureError(message)
+
+    command = ["--model", model_file, "--num-samples", 3, "--graphs", "auto", "--no-fused", *QUICK]
+    with pytest.warns(UserWarning, match="step by step: a CUDA graph cannot capture") as warned:
+        status, said, _ = run(capsys, *command, "--device", "cpu", "--out", tmp_path)
+    assert status == 0 and len(warned) == 1 and "captured" not in said
+    environment = json.loads((tmp_path / "run.json").read_text())["environment"]
+    assert environment["graphs"] is False
 
 
 def test_sample_42_is_one_picture(model_file, tmp_path, capsys):

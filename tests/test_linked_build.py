@@ -1,0 +1,32 @@
+"""What only a build beside a CUDA torch compiles, checked without one: that it compiles."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+FLAGS = ["-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+FLAGS += ["-DDDPM_FAST_WITH_CUDA", "-DUSE_CUDA"]
+# As CMakeLists.txt has them for torch's operators.
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+
+
+@pytest.mark.parametrize("source", ["torch_step.cpp", "while_loop_bindings.cpp"])
+def test_the_branch_with_cuda_compiles(source):
+    pybind11 = pytest.importorskip("pybind11")
+    cxx = shutil.which(os.environ.get("CXX", "c++").split(" ")[0])
+    if cxx is None:
+        pytest.skip("no C++ compiler")
+    torch_headers = str(Path(torch.__file__).parent / "include")
+    headers = [torch_headers, pybind11.get_include(), sysconfig.get_path("include")]
+    included = [flag for path in headers for flag in ("-isystem", path)]
+    command = [cxx, *FLAGS, *included, str(CSRC / source)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[:3000]
