@@ -1,0 +1,126 @@
+// Convolutions for torch: their checks, and the kernel over all cores.
+#include <vector>
+
+#include "torch_run.h"
+
+namespace ddpm_fast {
+namespace {
+
+using Pair = std::vector<int64_t>;
+
+constexpr int64_t kMostTaps = 1 << 10;       // along a side
+constexpr int64_t kGrainProducts = 500'000;  // that are worth a thread
+
+const ConvKernels& kernels() {
+  const ConvKernels* found = conv_kernels();
+  require(found != nullptr,
+          "conv2d needs a CPU with AVX512-BF16, and DDPM_FAST_CPU not below avx512; use "
+          "torch.nn.functional.conv2d.");
+  return *found;
+}
+
+// (height, width), each of them at least `least`.
+void set_pair(const char* name, const Pair& values, int64_t least, int64_t (&to)[2]) {
+  require(values.size() == 2 && values[0] >= least && values[1] >= least &&
+              values[0] <= kMostTaps && values[1] <= kMostTaps,
+          name, " must be two integers from ", least, " to ", kMostTaps, ", for height and width.");
+  to[0] = values[0];
+  to[1] = values[1];
+}
+
+// A bfloat16 tensor (N, C, H, W) on the CPU, channels_last without gaps.
+void require_image(const char* name, const Tensor& t) {
+  require_dtype(name, t, ScalarType::BFloat16);
+  require(t.is_cpu() && t.dim() == 4, name,
+          " must be on the CPU, of the shape (N, C, H, W), but it ",
+          t.is_cpu() ? "is " : "is not on the CPU: ", shape_text(t), ".");
+  int64_t expected = 1;
+  for (int i : {1, 3, 2, 0}) {
+    require(t.size(i) == 1 || t.stride(i) == expected || t.numel() == 0, name,
+            " must be channels_last without gaps.");
+    expected *= t.size(i);
+  }
+}
+
+}  // namespace
+
+Tensor pack_conv2d(Tensor weight) {
+  require_dtype("weight", weight, ScalarType::BFloat16);
+  require(weight.is_cpu() && weight.dim() == 4 && weight.numel() > 0,
+          "weight must be on the CPU, of the shape (O, I, kH, kW) and not empty, but it is ",
+          shape_text(weight), ".");
+  weight = torch::stable::contiguous(weight);
+  ConvShape shape{};
+  shape.out_channels = weight.size(0);
+  shape.in_channels = weight.size(1);
+  set_pair("the weight's kernel", {weight.size(2), weight.size(3)}, 1, shape.kernel);
+  const std::vector<int64_t> size{kernels().packed_elements(shape)};
+  Tensor packed = torch::stable::new_empty(weight, size);
+  kernels().pack(shape, weight.const_data_ptr(), packed.mutable_data_ptr());
+  return packed;
+}
+
+Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+              int64_t out_channels, Pair kernel_size, Pair stride, Pair padding) {
+  require_image("x", x);
+  require(out_channels > 0, "out_channels must be positive, but it is ", out_channels, ".");
+  ConvArgs args{};
+  ConvShape& shape = args.shape;
+  shape.in_channels = x.size(1);
+  shape.out_channels = out_channels;
+  set_pair("kernel_size", kernel_size, 1, shape.kernel);
+  set_pair("stride", stride, 1, shape.stride);
+  set_pair("padding", padding, 0, shape.padding);
+  for (int i = 0; i < 2; ++i) {
+    shape.size[i] = x.size(i + 2);
+    const int64_t room = shape.size[i] + 2 * shape.padding[i] - shape.kernel[i];
+    require(room >= 0, "x, ", shape_text(x), ", must be as large as the kernel, with its padding.");
+    shape.out_size[i] = room / shape.stride[i] + 1;
+  }
+  require_dtype("weight", weight, ScalarType::BFloat16);
+  require(weight.is_cpu() && weight.is_contiguous() &&
+              weight.numel() == kernels().packed_elements(shape),
+          "weight must be what pack_conv2d makes of a weight (", out_channels, ", ",
+          shape.in_channels, ", ", shape.kernel[0], ", ", shape.kernel[1], ").");
+  args.samples = x.size(0);
+  const std::vector<int64_t> sizes{args.samples, out_channels, shape.out_size[0],
+                                   shape.out_size[1]};
+  Tensor out = torch::stable::empty(sizes, ScalarType::BFloat16, std::nullopt, std::nullopt,
+                                    std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  if (bias) {
+    require_dtype("bias", *bias, ScalarType::Float);
+    require(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == out_channels &&
+                bias->is_contiguous(),
+            "bias must have the shape (", out_channels, ",), but it is ", shape_text(*bias), ".");
+    args.bias = read<float>(*bias);
+  }
+  if (residual) {
+    require_image("residual", *residual);
+    require_same_shape("residual", *residual, "the result", out);
+    args.residual = residual->const_data_ptr();
+  }
+  args.x = x.const_data_ptr();
+  args.weight = weight.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  if (shape.kernel[0] * shape.kernel[1] * shape.stride[0] * shape.stride[1] == 1 &&
+      shape.padding[0] + shape.padding[1] == 0) {
+    // Pixels do not see each other: all are one row, with fewer tiles cut short.
+    shape.size[1] = shape.out_size[1] = args.samples * shape.size[0] * shape.size[1];
+    shape.size[0] = shape.out_size[0] = args.samples = 1;
+  }
+  const int64_t units = kernels().units(args);
+  if (units == 0) return out;
+  const int64_t taps = shape.kernel[0] * shape.kernel[1];
+  const int64_t products = out.numel() * taps * shape.in_channels / units + 1;
+  torch::stable::parallel_for(0, units, kGrainProducts / products + 1,
+                              [&](int64_t begin, int64_t end) {
+                                // Kept: a large allocation's pages cost more than a small layer.
+                                static thread_local std::vector<uint64_t> memory;
+                                const size_t words = kernels().memory_bytes(shape) / 8 + 1;
+                                if (memory.size() < words) memory.resize(words);
+                                kernels().conv2d(args, begin, end, memory.data());
+                              });
+  return out;
+}
+
+}  // namespace ddpm_fast
