@@ -32,8 +32,7 @@ void set_pair(const char* name, const Pair& values, int64_t least, int64_t (&to)
 void require_image(const char* name, const Tensor& t) {
   require_dtype(name, t, ScalarType::BFloat16);
   require(t.is_cpu() && t.dim() == 4, name,
-          " must be on the CPU, of the shape (N, C, H, W), but it ",
-          t.is_cpu() ? "is " : "is not on the CPU: ", shape_text(t), ".");
+          " must be on the CPU, of the shape (N, C, H, W), but it is ", shape_text(t), ".");
   int64_t expected = 1;
   for (int i : {1, 3, 2, 0}) {
     require(t.size(i) == 1 || t.stride(i) == expected || t.numel() == 0, name,
@@ -42,32 +41,14 @@ void require_image(const char* name, const Tensor& t) {
   }
 }
 
-}  // namespace
-
-Tensor pack_conv2d(Tensor weight) {
-  require_dtype("weight", weight, ScalarType::BFloat16);
-  require(weight.is_cpu() && weight.dim() == 4 && weight.numel() > 0,
-          "weight must be on the CPU, of the shape (O, I, kH, kW) and not empty, but it is ",
-          shape_text(weight), ".");
-  weight = torch::stable::contiguous(weight);
+ConvShape shape_of(const Tensor& x, int64_t out_channels, const Pair& kernel_size,
+                   const Pair& stride, const Pair& padding) {
   ConvShape shape{};
-  shape.out_channels = weight.size(0);
-  shape.in_channels = weight.size(1);
-  set_pair("the weight's kernel", {weight.size(2), weight.size(3)}, 1, shape.kernel);
-  const std::vector<int64_t> size{kernels().packed_elements(shape)};
-  Tensor packed = torch::stable::new_empty(weight, size);
-  kernels().pack(shape, weight.const_data_ptr(), packed.mutable_data_ptr());
-  return packed;
-}
-
-Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
-              int64_t out_channels, Pair kernel_size, Pair stride, Pair padding) {
-  require_image("x", x);
-  require(out_channels > 0, "out_channels must be positive, but it is ", out_channels, ".");
-  ConvArgs args{};
-  ConvShape& shape = args.shape;
   shape.in_channels = x.size(1);
   shape.out_channels = out_channels;
+  require(out_channels > 0 && shape.in_channels > 0,
+          "x and the result must have channels, but they have ", shape.in_channels, " and ",
+          out_channels, ".");
   set_pair("kernel_size", kernel_size, 1, shape.kernel);
   set_pair("stride", stride, 1, shape.stride);
   set_pair("padding", padding, 0, shape.padding);
@@ -77,11 +58,62 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
     require(room >= 0, "x, ", shape_text(x), ", must be as large as the kernel, with its padding.");
     shape.out_size[i] = room / shape.stride[i] + 1;
   }
+  return shape;
+}
+
+void run(ConvArgs args) {
+  ConvShape& shape = args.shape;
+  const int64_t taps = shape.kernel[0] * shape.kernel[1];
+  if (taps * shape.stride[0] * shape.stride[1] == 1 && shape.padding[0] + shape.padding[1] == 0) {
+    // Pixels do not see each other: all are one row, with fewer tiles cut short.
+    shape.size[1] = shape.out_size[1] = args.samples * shape.size[0] * shape.size[1];
+    shape.size[0] = shape.out_size[0] = args.samples = 1;
+  }
+  const int64_t outputs = args.samples * shape.out_size[0] * shape.out_size[1] * shape.out_channels;
+  if (outputs == 0) return;
+  const ConvKernels& kernel = kernels();
+  const int64_t units = kernel.units(args), each = outputs * taps * shape.in_channels / units;
+  torch::stable::parallel_for(0, units, kGrainProducts / (each + 1) + 1,
+                              [&](int64_t begin, int64_t end) {
+                                // Kept: a large allocation's pages would cost more than a small
+                                // layer.
+                                static thread_local std::vector<uint64_t> memory;
+                                const size_t words = (kernel.memory_bytes(shape) + 7) / 8;
+                                if (memory.size() < words) memory.resize(words);
+                                kernel.conv2d(args, begin, end, memory.data());
+                              });
+}
+
+}  // namespace
+
+Tensor pack_conv2d(Tensor weight) {
+  const ConvKernels& kernel = kernels();
   require_dtype("weight", weight, ScalarType::BFloat16);
-  require(weight.is_cpu() && weight.is_contiguous() &&
-              weight.numel() == kernels().packed_elements(shape),
-          "weight must be what pack_conv2d makes of a weight (", out_channels, ", ",
-          shape.in_channels, ", ", shape.kernel[0], ", ", shape.kernel[1], ").");
+  require(weight.is_cpu() && weight.dim() == 4 && weight.numel() > 0,
+          "weight must be on the CPU, of the shape (O, I, kH, kW) and not empty, but it is ",
+          shape_text(weight), ".");
+  weight = torch::stable::contiguous(weight);
+  ConvShape shape{};
+  shape.out_channels = weight.size(0);
+  shape.in_channels = weight.size(1);
+  set_pair("the weight's kernel", {weight.size(2), weight.size(3)}, 1, shape.kernel);
+  const std::vector<int64_t> size{kernel.packed_elements(shape)};
+  Tensor packed = torch::stable::new_empty(weight, size);
+  kernel.pack(shape, weight.const_data_ptr(), packed.mutable_data_ptr());
+  return packed;
+}
+
+Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+              int64_t out_channels, Pair kernel_size, Pair stride, Pair padding) {
+  const ConvKernels& kernel = kernels();
+  require_image("x", x);
+  ConvArgs args{};
+  const ConvShape& shape = args.shape = shape_of(x, out_channels, kernel_size, stride, padding);
+  require_dtype("weight", weight, ScalarType::BFloat16);
+  require(
+      weight.is_cpu() && weight.is_contiguous() && weight.numel() == kernel.packed_elements(shape),
+      "weight must be what pack_conv2d makes of a weight (", out_channels, ", ", shape.in_channels,
+      ", ", shape.kernel[0], ", ", shape.kernel[1], ").");
   args.samples = x.size(0);
   const std::vector<int64_t> sizes{args.samples, out_channels, shape.out_size[0],
                                    shape.out_size[1]};
@@ -102,24 +134,7 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
   args.x = x.const_data_ptr();
   args.weight = weight.const_data_ptr();
   args.out = out.mutable_data_ptr();
-  if (shape.kernel[0] * shape.kernel[1] * shape.stride[0] * shape.stride[1] == 1 &&
-      shape.padding[0] + shape.padding[1] == 0) {
-    // Pixels do not see each other: all are one row, with fewer tiles cut short.
-    shape.size[1] = shape.out_size[1] = args.samples * shape.size[0] * shape.size[1];
-    shape.size[0] = shape.out_size[0] = args.samples = 1;
-  }
-  const int64_t units = kernels().units(args);
-  if (units == 0) return out;
-  const int64_t taps = shape.kernel[0] * shape.kernel[1];
-  const int64_t products = out.numel() * taps * shape.in_channels / units + 1;
-  torch::stable::parallel_for(0, units, kGrainProducts / products + 1,
-                              [&](int64_t begin, int64_t end) {
-                                // Kept: a large allocation's pages cost more than a small layer.
-                                static thread_local std::vector<uint64_t> memory;
-                                const size_t words = kernels().memory_bytes(shape) / 8 + 1;
-                                if (memory.size() < words) memory.resize(words);
-                                kernels().conv2d(args, begin, end, memory.data());
-                              });
+  run(args);
   return out;
 }
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import fallback, noise
-from .backend import BackendError, extension, is_available, is_overridden, resolve_backend
+from .backend import BackendError, conv_kernels, is_available, is_overridden, resolve_backend
 
 __all__ = [
     "BackendError",
@@ -208,8 +208,7 @@ def group_norm(
 
 def is_conv2d_fastest() -> bool:
     """Whether this CPU has `conv2d`, and no AMX, with which oneDNN's convolutions are faster."""
-    has_own = extension is not None and extension.conv_kernels() is not None
-    return has_own and not torch.cpu._is_amx_tile_supported()
+    return conv_kernels() is not None and not torch.cpu._is_amx_tile_supported()
 
 
 def pack_conv2d(weight: Tensor) -> Tensor:
@@ -287,8 +286,9 @@ def _register() -> None:
     @torch.library.register_fake("ddpm_fast::conv2d")
     def _(x, weight, bias, residual, out_channels, kernel_size, stride, padding):
         _require_one_device(x, weight, bias, residual)
-        room = (x.shape[i + 2] + 2 * padding[i] - kernel_size[i] for i in range(2))
-        size = [r // s + 1 for r, s in zip(room, stride)]
+        size = [
+            (x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)
+        ]
         return x.new_empty((x.shape[0], out_channels, *size)).to(memory_format=torch.channels_last)
 
     def setup_context(ctx, inputs, output):

