@@ -14,14 +14,20 @@ namespace {
 
 // Sums that fit in the registers beside the weights and the input, of so many pixels at most.
 constexpr int kSums = 24, kMostPixels = 12;
+// Pixels below which a tile waits for its own sums.
+constexpr int64_t kFewest = 4;
+
+inline int64_t within(int64_t x, int64_t least, int64_t most) {
+  return x < least ? least : x > most ? most : x;
+}
 
 // Some pixels' sums of one block.
 template <class D>
 struct Tile {
   using T = typename D::Element;
-  const T *x, *weight;       // the first pixel's first tap
-  int64_t pixel;             // the distance of neighbouring ones in x
-  int64_t rows, row, steps;  // the kernel's; their distance in x; in one, columns * depth / kDepth
+  const T *x, *weight;             // the first pixel's first tap
+  int64_t pixel, row, weight_row;  // distances: of pixels and the kernel's rows in x, in weight
+  int64_t rows, steps;             // the kernel's; in each row, columns * depth / kDepth
   // Of the block's first channel; bias and residual may be null. Pixels are `stride` apart.
   const float* bias;
   const T* residual;
@@ -44,8 +50,8 @@ void run_tile(const Tile<D>& tile) {
     for (int v = 0; v < kFull; ++v) sums[p][v] = D::zero();
     if constexpr (kHasHalf) half_sums[p] = D::half_zero();
   }
-  const T* weight = tile.weight;
   for (int64_t r = 0; r < tile.rows; ++r) {
+    const T* weight = tile.weight + r * tile.weight_row;
     const T* x[kPixels];
     DDPM_FAST_UNROLL
     for (int p = 0; p < kPixels; ++p) x[p] = tile.x + r * tile.row + p * tile.pixel;
@@ -113,46 +119,87 @@ struct ConvRun {
     while (begin < end) {
       const int64_t y = begin / width, last = (end - 1) / width + 1;
       const int64_t rows = last - y < strips.rows() ? last - y : strips.rows();
-      const Strip<T> strip = strips.strip(x, y, rows, memory);
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t stop = end < (y + i + 1) * width ? end : (y + i + 1) * width;
-        row(strip, i, y + i, begin - (y + i) * width, stop - begin);
-        begin = stop;
-      }
+      const int64_t stop = end < (y + rows) * width ? end : (y + rows) * width;
+      run_part({strips.strip(x, y, rows, memory), y}, begin, stop);
+      begin = stop;
     }
   }
 
  private:
-  // `count` pixels of row y, row i of the strip, in as few tiles as there can be.
-  void row(const Strip<T>& strip, int64_t i, int64_t y, int64_t column, int64_t count) const {
-    const ConvShape& shape = args.shape;
-    const int64_t top = y * shape.stride[0] - shape.padding[0];
-    // Of the kernel's rows, those that do not lie in the padding.
-    const int64_t first = top >= 0 ? 0 : -top < shape.kernel[0] ? -top : shape.kernel[0];
-    const int64_t left = shape.size[0] - top, kernel_row = shape.kernel[1] * strips.depth;
-    const int64_t last = left < shape.kernel[0] ? left : shape.kernel[0];
-    Tile<D> tile;
-    tile.pixel = shape.stride[1] * strip.pixel;
-    tile.rows = last - first;
-    tile.row = strip.row;
-    tile.steps = kernel_row / D::kDepth;
-    tile.weight = static_cast<const T*>(args.weight) + channel * shape.kernel[0] * kernel_row +
-                  first * kernel_row * (kHalves * D::kLanes / 2);
-    tile.bias = args.bias == nullptr ? nullptr : args.bias + channel;
-    tile.stride = shape.out_channels;
-    tile.channels = shape.out_channels - channel;
-    const int64_t place = (sample * shape.out_size[0] + y) * shape.out_size[1] + column;
-    const int64_t tiles = (count + kMost - 1) / kMost;
-    for (int64_t j = 0; j < tiles; ++j) {
-      const int64_t from = count * j / tiles, to = count * (j + 1) / tiles;
-      const int64_t at = (place + from) * shape.out_channels + channel;
-      tile.x =
-          strip.first + (i * shape.stride[0] + first) * strip.row + (column + from) * tile.pixel;
-      tile.out = static_cast<T*>(args.out) + at;
-      tile.residual =
-          args.residual == nullptr ? nullptr : static_cast<const T*>(args.residual) + at;
-      run_tile_of<D, kHalves, kMost>(to - from, tile);
+  struct Part {
+    Strip<T> strip;
+    int64_t y;  // of its first row
+  };
+
+  // Pixels [begin, end). Where all pixels of a tile see the same padding, it costs nothing: so the
+  // first and the last columns are cut from top to bottom, and all else from left to right.
+  void run_part(const Part& part, int64_t begin, int64_t end) const {
+    const int64_t width = args.shape.out_size[1];
+    int64_t top = begin / width, bottom = (end - 1) / width + 1, left = 0, right = width;
+    while (top < bottom && sees_padding(0, top)) ++top;
+    while (top < bottom && sees_padding(0, bottom - 1)) --bottom;
+    while (left < right && sees_padding(1, left)) ++left;
+    while (left < right && sees_padding(1, right - 1)) --right;
+    const bool is_cut = bottom - top >= kFewest && right - left >= kFewest;
+    for (int64_t y = begin / width; y * width < end; ++y) {
+      const bool whole = !is_cut || y < top || y >= bottom;
+      const int64_t first = whole ? 0 : left, last = whole ? width : right;
+      const int64_t from = within(begin - y * width, first, last);
+      line(part, y, from, within(end - y * width, first, last) - from, false);
     }
+    for (int64_t x = 0; is_cut && x < width; ++x) {
+      if (x >= left && x < right) continue;
+      const int64_t from = within((begin - x + width - 1) / width, top, bottom);
+      line(part, from, x, within((end - x + width - 1) / width, top, bottom) - from, true);
+    }
+  }
+
+  // `count` pixels from (y, x) on, to the right or down, in as few tiles as there can be.
+  void line(const Part& part, int64_t y, int64_t x, int64_t count, bool down) const {
+    const ConvShape& shape = args.shape;
+    const int64_t tap = strips.depth * (kHalves * D::kLanes / 2), pixel = part.strip.pixel;
+    Tile<D> tile;
+    tile.pixel = down ? shape.stride[0] * part.strip.row : shape.stride[1] * pixel;
+    tile.row = part.strip.row;
+    tile.weight_row = shape.kernel[1] * tap;
+    tile.bias = args.bias == nullptr ? nullptr : args.bias + channel;
+    tile.stride = (down ? shape.out_size[1] : 1) * shape.out_channels;
+    tile.channels = shape.out_channels - channel;
+    const int64_t tiles = (count + kMost - 1) / kMost;
+    for (int64_t begin = 0, left = tiles, pixels; left > 0; begin += pixels, --left) {
+      pixels = (count - begin + left - 1) / left;
+      const int64_t at[] = {down ? y + begin : y, down ? x : x + begin};
+      const int64_t end[] = {down ? at[0] + pixels - 1 : y, down ? x : at[1] + pixels - 1};
+      const int64_t row = first_tap(0, end[0]), column = first_tap(1, end[1]);
+      tile.rows = last_tap(0, at[0]) - row;
+      tile.steps = (last_tap(1, at[1]) - column) * strips.depth / D::kDepth;
+      tile.x = part.strip.first + ((at[0] - part.y) * shape.stride[0] + row) * tile.row +
+               (at[1] * shape.stride[1] + column) * pixel;
+      tile.weight = static_cast<const T*>(args.weight) +
+                    channel * shape.kernel[0] * shape.kernel[1] * strips.depth +
+                    row * tile.weight_row + column * tap;
+      const int64_t place =
+          ((sample * shape.out_size[0] + at[0]) * shape.out_size[1] + at[1]) * shape.out_channels +
+          channel;
+      tile.out = static_cast<T*>(args.out) + place;
+      tile.residual =
+          args.residual == nullptr ? nullptr : static_cast<const T*>(args.residual) + place;
+      run_tile_of<D, kHalves, kMost>(pixels, tile);
+    }
+  }
+
+  // Of the kernel's rows (side 0) or columns, those that do not lie in the padding at output i.
+  int64_t first_tap(int side, int64_t i) const {
+    const ConvShape& shape = args.shape;
+    return within(shape.padding[side] - i * shape.stride[side], 0, shape.kernel[side]);
+  }
+  int64_t last_tap(int side, int64_t i) const {
+    const ConvShape& shape = args.shape;
+    return within(shape.size[side] + shape.padding[side] - i * shape.stride[side], 0,
+                  shape.kernel[side]);
+  }
+  bool sees_padding(int side, int64_t i) const {
+    return first_tap(side, i) > 0 || last_tap(side, i) < args.shape.kernel[side];
   }
 };
 
