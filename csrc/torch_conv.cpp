@@ -41,6 +41,16 @@ void require_image(const char* name, const Tensor& t) {
   }
 }
 
+// Without the dispatcher, which costs a microsecond.
+Tensor empty_image(int64_t n, int64_t channels, int64_t height, int64_t width) {
+  const int64_t sizes[] = {n, channels, height, width};
+  const int64_t strides[] = {channels * height * width, 1, channels * width, channels};
+  AtenTensorHandle image;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      4, sizes, strides, aoti_torch_dtype_bfloat16(), aoti_torch_device_type_cpu(), 0, &image));
+  return Tensor(image);
+}
+
 ConvShape shape_of(const Tensor& x, int64_t out_channels, const Pair& kernel_size,
                    const Pair& stride, const Pair& padding) {
   ConvShape shape{};
@@ -115,10 +125,7 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
       "weight must be what pack_conv2d makes of a weight (", out_channels, ", ", shape.in_channels,
       ", ", shape.kernel[0], ", ", shape.kernel[1], ").");
   args.samples = x.size(0);
-  const std::vector<int64_t> sizes{args.samples, out_channels, shape.out_size[0],
-                                   shape.out_size[1]};
-  Tensor out = torch::stable::empty(sizes, ScalarType::BFloat16, std::nullopt, std::nullopt,
-                                    std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  Tensor out = empty_image(args.samples, out_channels, shape.out_size[0], shape.out_size[1]);
   if (bias) {
     require_dtype("bias", *bias, ScalarType::Float);
     require(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == out_channels &&

@@ -213,8 +213,8 @@ void run_block(const ConvArgs& args, int64_t sample, int64_t channel, int64_t be
 // The range is in pixels of the output: of all samples of a block, then of the next block.
 template <class D>
 void conv2d(const ConvArgs& args, int64_t begin, int64_t end, void* memory) {
+  // By a block's half vectors.
   constexpr decltype(&run_block<D, 1>) kRuns[] = {
-      // by width
       nullptr, run_block<D, 1>, run_block<D, 2>, run_block<D, 3>, run_block<D, 4>,
       nullptr, run_block<D, 6>, nullptr,         run_block<D, 8>};
   const ConvBlocks<D> blocks(args.shape.out_channels);
