@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/*.cpp tests/*.h)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* csrc/include/*/*.h examples/cpp/*.cpp tests/*.cpp tests/*.h)
 
 GPU_TESTS := $(patsubst %,tests/test_%.py,cuda captured_loop graphs loops backend)
 
@@ -11,7 +11,7 @@ GPU_TESTS := $(patsubst %,tests/test_%.py,cuda captured_loop graphs loops backen
 sample: $(VENV)/built
 	$(PY) -m ddpm_fast.sample --graphs auto
 
-test: $(VENV)/built
+test: $(VENV)/built $(VENV)/tested
 	$(PY) -m pytest
 
 bench: $(VENV)/built
@@ -54,6 +54,11 @@ $(VENV)/installed: constraints.txt
 	@$(PYTHON) -m venv $(VENV) >/dev/null || { \
 	  echo "ddpm_fast needs Python's venv: install it (Debian, Ubuntu: python3-venv)."; exit 1; }
 	$(PY) -m pip install --quiet --disable-pip-version-check -r constraints.txt
+	@touch $@
+
+$(VENV)/tested: constraints-test.txt $(VENV)/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -c constraints-test.txt 'diffusers; python_version >= "3.11"'
 	@touch $@
 
 $(VENV)/built: $(VENV)/installed $(CPP) CMakeLists.txt setup.py pyproject.toml

@@ -105,9 +105,8 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 def draw(args: argparse.Namespace, count: int, seed: int, classes: list[int] | None) -> Tensor:
     device = resolve_device("auto")
-    sampler = Sampler.from_model(
-        load_model(args.model, device), steps=args.steps, dtype=resolve_dtype("auto", device)
-    )
+    dtype = resolve_dtype(args.dtype, device)
+    sampler = Sampler.from_model(load_model(args.model, device), steps=args.steps, dtype=dtype)
     with tqdm(total=-(-count // 50) * (sampler.plan.num_steps + 1), unit="step") as bar:
         x = sampler.sample(
             count,
@@ -124,6 +123,7 @@ def main() -> None:
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--model", default="mnist")
     p.add_argument("--steps", type=int, default=1000)
+    p.add_argument("--dtype", default="auto", help="of the network")
     p.add_argument("--num-samples", type=int, default=1000)
     p.add_argument("--num-frechet", type=int, default=2000)
     p.add_argument("--epochs", type=int, default=8)
@@ -136,6 +136,7 @@ def main() -> None:
     right = probabilities.argmax(1) == labels(args.data, "t10k")
     figures = {
         "steps": args.steps,
+        "dtype": args.dtype,
         "classifier_accuracy": float(right.float().mean()),
         "real_recognised": float((probabilities.max(1).values > 0.9).float().mean()),
     }

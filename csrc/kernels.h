@@ -1,65 +1,14 @@
 // The kernels' interface: plain structs, raw pointers, sizes, a stream. No torch, no C++ library.
 #pragma once
 
-#include <stdint.h>
+#include "include/ddpm_fast/arguments.h"
 
 namespace ddpm_fast {
 
-inline constexpr int kCoefficients = 16;        // floats in a row of the step's table, see StepRow
-inline constexpr int kIndexColumns = 4;         // timestep, noise step, flags, spare
-inline constexpr int32_t kLearnedVariance = 1;  // a bit of the flags
-inline constexpr int64_t kMaxElements = int64_t{1} << 34;  // a 32-bit counter of four elements
-inline constexpr int64_t kMaxStep = int64_t{1} << 20, kMaxStream = int64_t{1} << 12;
+inline constexpr int kCoefficients = sizeof(Coefficients) / sizeof(float);
+inline constexpr int kIndexColumns = sizeof(RowIndex) / sizeof(int32_t);
 inline constexpr int64_t kChunk = 4096;  // elements of one sample, the unit of parallel work
 inline constexpr int64_t kNormRow = 1024, kNormBlock = 256;  // see cpu/norm_loop.h
-
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
-enum class Status : int32_t { kOk, kBadRow, kNotFinite };
-
-// Where element (sample, channel, pixel) lies, in elements: contiguous, channels_last, or a slice.
-struct Layout {
-  int64_t sample, channel, pixel;
-};
-
-struct RandnArgs {
-  float* out;  // (samples, elements), contiguous
-  const int64_t *seed, *sample_index;
-  int64_t samples, elements;
-  int32_t step, stream;
-};
-
-struct QSampleArgs {
-  float *x_t, *noise_out;  // noise_out: null when noise is given
-  const float *x_start, *noise;
-  const float* coefficients;  // (T, 2)
-  const int64_t *timesteps, *seed, *sample_index;
-  Layout layout;  // of all four
-  int64_t samples, channels, pixels, table_rows;
-  int32_t stream;
-  bool past_caches;  // on a CPU: write the results straight to memory
-};
-
-struct StepArgs {
-  float* out;
-  const float* x_t;
-  const void* model_output;
-  const float* noise;           // or null: drawn in registers
-  float* previous;              // or null: read for c2, then overwritten by pred_xstart
-  const float* guidance_scale;  // or null; with it model_output has 2 * samples rows
-  const float* coefficients;    // (table_rows, 16)
-  const int32_t* index;         // (table_rows, 4)
-  const int64_t *row, *seed, *sample_index;
-  int32_t* status;  // or null: (code, row, sample, spare)
-  Layout out_layout, x_layout, model_layout, noise_layout, previous_layout;
-  int64_t samples, channels, pixels, table_rows;
-  DType model_dtype;
-  int64_t model_channels;  // channels, or twice that with learned variances
-  // or null: x_prev once more, as the network's next input; twice `samples` rows where
-  // guidance_scale is given, the second half equal to the first.
-  void* next_input;
-  Layout next_layout;
-  DType next_dtype;
-};
 
 // y = GroupNorm(x + shift), then SiLU: channels_last, without gaps. x is (samples, pixels,
 // channels) in one or two parts, whose channels follow each other.
@@ -92,7 +41,7 @@ struct ConvArgs {
   const void* residual;    // or null; like out
 };
 
-// Static, so that the linker takes no file's copy, with its instructions, for another's.
+// Static, as in arguments.h.
 static constexpr int64_t chunks_of(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
 
 // The floats that `group_norm` needs as memory: four times this.

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "require.h"
+#include "cpu_run.h"
 
 namespace py = pybind11;
 
@@ -17,6 +17,8 @@ namespace {
 
 using Shape = std::vector<py::ssize_t>;
 using Optional = std::optional<py::array>;
+
+constexpr auto calling_thread = [](int64_t chunks, const auto& body) { body(0, chunks); };
 
 Shape shape_of(const py::array& a) { return {a.shape(), a.shape() + a.ndim()}; }
 
@@ -92,8 +94,6 @@ struct State {
     for (size_t i = 2; i < shape.size(); ++i) pixels *= shape[i];
     require_elements(channels * pixels);
   }
-  int64_t chunks() const { return samples * chunks_of(channels * pixels); }
-  Layout layout() const { return {channels * pixels, pixels, 1}; }
 };
 
 py::array_t<float> randn(const py::array& seed, const py::array& sample_index, int64_t count,
@@ -111,9 +111,8 @@ py::array_t<float> randn(const py::array& seed, const py::array& sample_index, i
                        count,
                        step,
                        stream};
-  const CpuKernels& kernels = cpu_kernels();
   py::gil_scoped_release release;
-  kernels.randn(args, 0, args.samples * chunks_of(count));
+  randn_on_cpu(args, calling_thread);
   return out;
 }
 
@@ -124,26 +123,21 @@ py::tuple q_sample(const py::array& x_start, const py::array& coefficients,
   const Shape n{state.shape[0]};
   const py::ssize_t rows = rows_of("coefficients", coefficients);
   py::array_t<float> x_t(state.shape), drawn(noise ? Shape{0} : state.shape);
-  const QSampleArgs args{x_t.mutable_data(),
-                         noise ? nullptr : drawn.mutable_data(),
-                         elements<float>("x_start", x_start),
-                         optional<float>("noise", noise, state.shape),
-                         shaped<float>("coefficients", coefficients, {rows, 2}),
-                         shaped<int64_t>("timesteps", timesteps, n),
-                         shaped<int64_t>("seed", seed, n),
-                         shaped<int64_t>("sample_index", sample_index, n),
-                         state.layout(),
-                         state.samples,
-                         state.channels,
-                         state.pixels,
-                         rows,
-                         1,
-                         false};
-  require_timesteps(args);
-  const CpuKernels& kernels = cpu_kernels();
+  const QSampleArgs args{.samples = state.samples,
+                         .channels = state.channels,
+                         .pixels = state.pixels,
+                         .table_rows = rows,
+                         .x_t = x_t.mutable_data(),
+                         .noise_out = noise ? nullptr : drawn.mutable_data(),
+                         .x_start = elements<float>("x_start", x_start),
+                         .noise = optional<float>("noise", noise, state.shape),
+                         .coefficients = shaped<float>("coefficients", coefficients, {rows, 2}),
+                         .timesteps = shaped<int64_t>("timesteps", timesteps, n),
+                         .seed = shaped<int64_t>("seed", seed, n),
+                         .sample_index = shaped<int64_t>("sample_index", sample_index, n)};
   {
     py::gil_scoped_release release;
-    kernels.q_sample(args, 0, state.chunks());
+    q_sample_on_cpu(args, calling_thread);
   }
   return py::make_tuple(x_t, noise ? *noise : py::array(drawn));
 }
@@ -168,7 +162,7 @@ void set_model_output(StepArgs* args, const State& state, const py::array& model
   args->model_output = model_output.data();
   args->model_dtype = model_dtype(model_output);
   args->model_channels = shape.size() > 1 ? shape[1] : 1;
-  args->model_layout = {args->model_channels * state.pixels, state.pixels, 1};
+  args->model_layout = contiguous(args->model_channels, state.pixels);
 }
 
 py::array_t<float> p_sample_step(const py::array& x_t, const py::array& model_output,
@@ -181,25 +175,26 @@ py::array_t<float> p_sample_step(const py::array& x_t, const py::array& model_ou
   const Shape n{state.shape[0]};
   const py::ssize_t rows = rows_of("coefficients", coefficients);
   py::array_t<float> out(state.shape);
-  StepArgs args{};
-  args.out = out.mutable_data();
-  args.x_t = elements<float>("x_t", x_t);
-  args.noise = optional<float>("noise", noise, state.shape);
-  args.previous = optional<float>("previous_pred_xstart", previous, state.shape);
-  args.status = optional<int32_t>("status", status, {4});
-  args.guidance_scale = guidance_scale ? &*guidance_scale : nullptr;
-  args.coefficients = shaped<float>("coefficients", coefficients, {rows, kCoefficients});
-  args.index = shaped<int32_t>("index", index, {rows, kIndexColumns});
-  args.row = shaped<int64_t>("row", row, n);
-  args.seed = shaped<int64_t>("seed", seed, n);
-  args.sample_index = shaped<int64_t>("sample_index", sample_index, n);
-  args.out_layout = args.x_layout = args.noise_layout = args.previous_layout = state.layout();
-  args.samples = state.samples;
-  args.channels = state.channels;
-  args.pixels = state.pixels;
-  args.table_rows = rows;
+  StepArgs args{
+      .samples = state.samples,
+      .channels = state.channels,
+      .pixels = state.pixels,
+      .table_rows = rows,
+      .out = out.mutable_data(),
+      .x_t = elements<float>("x_t", x_t),
+      .noise = optional<float>("noise", noise, state.shape),
+      .previous = optional<float>("previous_pred_xstart", previous, state.shape),
+      .guidance_scale = guidance_scale ? &*guidance_scale : nullptr,
+      .coefficients = reinterpret_cast<const Coefficients*>(
+          shaped<float>("coefficients", coefficients, {rows, kCoefficients})),
+      .index =
+          reinterpret_cast<const RowIndex*>(shaped<int32_t>("index", index, {rows, kIndexColumns})),
+      .row = shaped<int64_t>("row", row, n),
+      .seed = shaped<int64_t>("seed", seed, n),
+      .sample_index = shaped<int64_t>("sample_index", sample_index, n),
+      .status = optional<int32_t>("status", status, {4}),
+  };
   set_model_output(&args, state, model_output);
-  require_rows(args, previous.has_value());
   check_memory({{"previous_pred_xstart", previous ? &*previous : nullptr},
                 {"status", status ? &*status : nullptr}},
                {{"x_t", &x_t},
@@ -210,10 +205,8 @@ py::array_t<float> p_sample_step(const py::array& x_t, const py::array& model_ou
                 {"seed", &seed},
                 {"sample_index", &sample_index},
                 {"noise", noise ? &*noise : nullptr}});
-  const CpuKernels& kernels = cpu_kernels();
   py::gil_scoped_release release;
-  const int64_t bad = kernels.step(args, 0, state.chunks());
-  if (bad >= 0) report_not_finite(args, bad);
+  step_on_cpu(args, previous.has_value(), calling_thread);
   return out;
 }
 

@@ -1,9 +1,12 @@
 // What is refused in a sentence, and the checks that need the kernels' arguments alone: whoever
-// calls the kernels on a CPU shares them.
+// calls the kernels shares them.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -38,6 +41,21 @@ inline void require_separate(const std::vector<Bytes>& all, size_t written) {
   }
 }
 
+// Whether no two elements share an address: from the narrowest stride on, each dimension clears
+// what the ones before it span.
+inline bool is_distinct(int64_t samples, int64_t channels, int64_t pixels, const Layout& layout) {
+  std::array<std::pair<int64_t, int64_t>, 3> dimensions{
+      {{layout.sample, samples}, {layout.channel, channels}, {layout.pixel, pixels}}};
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t span = 1;
+  for (const auto& [stride, size] : dimensions) {
+    if (size <= 1) continue;
+    if (stride < span) return false;
+    span += stride * (size - 1);
+  }
+  return true;
+}
+
 inline void require_aligned(const char* name, const void* data, size_t element_size) {
   require(reinterpret_cast<uintptr_t>(data) % element_size == 0, name,
           " must begin at a multiple of its elements' ", element_size, " bytes; pass a copy.");
@@ -68,24 +86,15 @@ inline void require_rows(const StepArgs& args, bool has_previous) {
     const int64_t row = args.row[n];
     require(row >= 0 && row < args.table_rows, "row[", n, "] is ", row,
             ", but the table has the rows 0 to ", args.table_rows - 1, ".");
-    const int32_t* index = args.index + row * kIndexColumns;
-    require(index[1] >= 0 && index[1] < kMaxStep, "the noise step of row ", row, " is ", index[1],
-            ", but it must be between 0 and 2^20 - 1.");
-    require((index[2] & kLearnedVariance) == 0 || args.model_channels == 2 * args.channels, "row ",
-            row, " takes the variance from the model, but model_output has ", args.model_channels,
-            " channels instead of ", 2 * args.channels, ".");
-    const bool multistep = args.coefficients[row * kCoefficients + 4] != 0.0f;
-    require(!multistep || has_previous, "row ", row,
+    const RowIndex& index = args.index[row];
+    require(index.noise_step >= 0 && index.noise_step < kMaxStep, "the noise step of row ", row,
+            " is ", index.noise_step, ", but it must be between 0 and 2^20 - 1.");
+    require((index.flags & kLearnedVariance) == 0 || args.model_channels == 2 * args.channels,
+            "row ", row, " takes the variance from the model, but model_output has ",
+            args.model_channels, " channels instead of ", 2 * args.channels, ".");
+    require(args.coefficients[row].c2 == 0.0f || has_previous, "row ", row,
             " uses the previous pred_xstart; pass previous_pred_xstart.");
   }
-}
-
-// What a CPU's caller does with the sample that a kernel returned; the first report stays.
-inline void report_not_finite(const StepArgs& args, int64_t sample) {
-  if (args.status == nullptr || args.status[0] != 0) return;
-  args.status[0] = static_cast<int32_t>(Status::kNotFinite);
-  args.status[1] = static_cast<int32_t>(args.row[sample]);
-  args.status[2] = static_cast<int32_t>(sample);
 }
 
 }  // namespace ddpm_fast

@@ -6,8 +6,7 @@
 namespace ddpm_fast {
 namespace {
 
-struct StepRow {
-  float a, b, c0, c1, c2, c3, sigma, min_log, max_log, clip_lo, clip_hi;
+struct StepRow : Coefficients {
   int32_t noise_step;
   bool learned;
 
@@ -18,21 +17,8 @@ struct StepRow {
 };
 
 DDPM_FAST_INLINE StepRow step_row(const StepArgs& args, int64_t row) {
-  const float* c = args.coefficients + row * kCoefficients;
-  const int32_t* index = args.index + row * kIndexColumns;
-  return {c[0],
-          c[1],
-          c[2],
-          c[3],
-          c[4],
-          c[5],
-          c[6],
-          c[7],
-          c[8],
-          c[9],
-          c[10],
-          index[1],
-          (index[2] & kLearnedVariance) != 0};
+  const RowIndex& index = args.index[row];
+  return {args.coefficients[row], index.noise_step, (index.flags & kLearnedVariance) != 0};
 }
 
 // Multiply rounded, then add rounded; a term whose coefficient is 0 is skipped. `kPlain`, here and

@@ -6,8 +6,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <array>
 #include <optional>
 #include <ostream>
 
@@ -135,26 +133,11 @@ inline Bytes bytes_of(const char* name, const Tensor& t) {
   return {name, first, first + static_cast<uintptr_t>(last + 1) * t.element_size()};
 }
 
-// Whether no two elements share an address: from the narrowest stride on, each dimension clears
-// what the ones before it span.
-inline bool is_distinct(const Shape& shape, const Layout& layout) {
-  std::array<std::pair<int64_t, int64_t>, 3> dimensions{{{layout.sample, shape.samples},
-                                                         {layout.channel, shape.channels},
-                                                         {layout.pixel, shape.pixels}}};
-  std::sort(dimensions.begin(), dimensions.end());
-  int64_t span = 1;
-  for (const auto& [stride, size] : dimensions) {
-    if (size <= 1) continue;
-    if (stride < span) return false;
-    span += stride * (size - 1);
-  }
-  return true;
-}
-
 // A tensor that is written: every element at its own address, in an order the kernels can walk.
 inline Layout writable(const char* name, const Tensor& t) {
   const std::optional<Layout> layout = layout_of(t);
-  require(layout && is_distinct(Shape(t), *layout), name,
+  const Shape shape(t);
+  require(layout && is_distinct(shape.samples, shape.channels, shape.pixels, *layout), name,
           " is written, so it must be contiguous, channels_last or a slice of such a tensor; pass "
           "one that is.");
   return *layout;

@@ -48,9 +48,7 @@ Tensor randn(Tensor seed, Tensor sample_index, std::vector<int64_t> shape, int64
       write<float>(out), read<int64_t>(seed),        read<int64_t>(sample_index), samples,
       elements,          static_cast<int32_t>(step), static_cast<int32_t>(stream)};
   if (out.is_cpu()) {
-    const CpuKernels& kernels = cpu_kernels();
-    over_chunks(samples, elements,
-                [&](int64_t begin, int64_t end) { kernels.randn(args, begin, end); });
+    randn_on_cpu(args, torch_threads);
   } else {
     launch(out, [&](void* s) { return cuda_randn(args, s); });
   }
@@ -70,18 +68,6 @@ Tensor ordered_like(const Tensor& like, const Tensor& t) {
     }
   }
   return t;
-}
-
-// `x_t` says where. On a CPU what is wrong with a timestep is said at once.
-void run_q_sample(const QSampleArgs& args, const Tensor& x_t) {
-  if (!x_t.is_cpu()) {
-    launch(x_t, [&](void* s) { return cuda_q_sample(args, s); });
-    return;
-  }
-  require_timesteps(args);
-  const CpuKernels& kernels = cpu_kernels();
-  over_chunks(args.samples, args.channels * args.pixels,
-              [&](int64_t begin, int64_t end) { kernels.q_sample(args, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> q_sample(Tensor x_start, Tensor coefficients, Tensor timesteps,
@@ -114,22 +100,25 @@ std::tuple<Tensor, Tensor> q_sample(Tensor x_start, Tensor coefficients, Tensor 
   }
   const std::vector<int64_t> none{0};
   Tensor drawn = noise ? torch::stable::new_empty(x_t, none) : torch::stable::empty_like(x_t);
-  const QSampleArgs args{write<float>(x_t),
-                         noise ? nullptr : write<float>(drawn),
-                         read<float>(x_start),
-                         noise ? read<float>(*noise) : nullptr,
-                         read<float>(coefficients),
-                         read<int64_t>(timesteps),
-                         read<int64_t>(seed),
-                         read<int64_t>(sample_index),
-                         *layout,
-                         shape.samples,
-                         shape.channels,
-                         shape.pixels,
-                         coefficients.size(0),
-                         1,
-                         4 * x_t.numel() * (noise ? 1 : 2) >= kBeyondCaches};
-  run_q_sample(args, x_t);
+  const QSampleArgs args{.samples = shape.samples,
+                         .channels = shape.channels,
+                         .pixels = shape.pixels,
+                         .table_rows = coefficients.size(0),
+                         .x_t = write<float>(x_t),
+                         .noise_out = noise ? nullptr : write<float>(drawn),
+                         .x_start = read<float>(x_start),
+                         .noise = noise ? read<float>(*noise) : nullptr,
+                         .coefficients = read<float>(coefficients),
+                         .timesteps = read<int64_t>(timesteps),
+                         .seed = read<int64_t>(seed),
+                         .sample_index = read<int64_t>(sample_index),
+                         .layout = *layout,
+                         .past_caches = 4 * x_t.numel() * (noise ? 1 : 2) >= kBeyondCaches};
+  if (x_t.is_cpu()) {  // where what is wrong with a timestep is said at once
+    q_sample_on_cpu(args, torch_threads);
+  } else {
+    launch(x_t, [&](void* s) { return cuda_q_sample(args, s); });
+  }
   return {x_t, drawn};
 }
 

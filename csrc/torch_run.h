@@ -1,6 +1,7 @@
 // Running a kernel on a tensor's device.
 #pragma once
 
+#include "cpu_run.h"
 #include "torch_checks.h"
 
 namespace ddpm_fast {
@@ -16,10 +17,10 @@ T* write(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-template <class Body>
-void over_chunks(int64_t samples, int64_t elements, const Body& body) {
-  torch::stable::parallel_for(0, samples * chunks_of(elements), kGrain, body);
-}
+// Torch's threads, for cpu_run.h.
+inline constexpr auto torch_threads = [](int64_t chunks, const auto& body) {
+  torch::stable::parallel_for(0, chunks, kGrain, body);
+};
 
 inline void* current_stream(const Tensor& t) {
   void* stream = nullptr;

@@ -1,6 +1,4 @@
 // The fused step for torch: its checks, and the two forms of the operator.
-#include <atomic>
-
 #include "torch_run.h"
 
 namespace ddpm_fast {
@@ -101,20 +99,6 @@ void check_memory(const StepInputs& in, bool in_place) {
   require_separate(all, written);
 }
 
-// On a CPU what is wrong with a row is said at once.
-void run_on_cpu(const StepArgs& args, bool has_previous) {
-  require_rows(args, has_previous);
-  const CpuKernels& kernels = cpu_kernels();
-  std::atomic<int64_t> first_bad{args.samples};
-  over_chunks(args.samples, args.channels * args.pixels, [&](int64_t begin, int64_t end) {
-    const int64_t bad = kernels.step(args, begin, end);
-    int64_t seen = first_bad.load();
-    while (bad >= 0 && bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
-    }
-  });
-  if (first_bad.load() < args.samples) report_not_finite(args, first_bad.load());
-}
-
 // `out` null: x_t is written in place.
 void run(StepInputs in, const Tensor* out) {
   require_state("x_t", in.x_t, 2);
@@ -148,8 +132,8 @@ void run(StepInputs in, const Tensor* out) {
   args.noise = in.noise ? read<float>(*in.noise) : nullptr;
   args.previous = in.previous ? write<float>(*in.previous) : nullptr;
   args.guidance_scale = in.guidance_scale ? read<float>(*in.guidance_scale) : nullptr;
-  args.coefficients = read<float>(in.coefficients);
-  args.index = read<int32_t>(in.index);
+  args.coefficients = read<Coefficients>(in.coefficients);
+  args.index = read<RowIndex>(in.index);
   args.row = read<int64_t>(in.row);
   args.seed = read<int64_t>(in.seed);
   args.sample_index = read<int64_t>(in.sample_index);
@@ -170,8 +154,8 @@ void run(StepInputs in, const Tensor* out) {
     args.next_layout = writable("next_input", *in.next_input);
     args.next_dtype = network_dtype("next_input", *in.next_input);
   }
-  if (target.is_cpu()) {
-    run_on_cpu(args, in.previous.has_value());
+  if (target.is_cpu()) {  // where what is wrong with a row is said at once
+    step_on_cpu(args, in.previous.has_value(), torch_threads);
   } else {
     launch(target, [&](void* stream) { return cuda_step(args, stream); });
   }

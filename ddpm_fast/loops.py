@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,12 +33,28 @@ class KeptLoop:
         self.loop.start(*state)
 
     def run(
-        self, x: Tensor, callback: Callable[[int, Tensor], None] | None, callback_every: int
+        self,
+        x: Tensor,
+        callback: Callable[[int, Tensor], None] | None,
+        callback_every: int,
+        noise: Callable[[int], Tensor | None] | None = None,
     ) -> None:
         """All steps of what the loop was started with; see `take_steps`, `Loop.check_result`."""
         steps = self.loop.sampler.plan.num_steps
-        take_steps(self.executor, self.stepper.advance, steps, x, callback, callback_every)
+        advance = self.stepper.advance if noise is None else self._with_noise(noise)
+        take_steps(self.executor, advance, steps, x, callback, callback_every)
         self.loop.check_result()
+
+    def _with_noise(self, noise: Callable[[int], Tensor | None]) -> Callable[[int], None]:
+        """What advances the loop step by step, each with the noise that is drawn before it."""
+        numbers = count(1)
+
+        def advance(steps: int) -> None:
+            for _ in range(steps):
+                self.executor.between(lambda: self.loop.take_noise(noise(next(numbers))))
+                self.stepper.advance(1)
+
+        return advance
 
 
 class Loops:
@@ -51,7 +68,7 @@ class Loops:
     def __init__(self, executor: Executor, steps_per_graph: int | str, automatic: bool) -> None:
         self.executor, self.capture_seconds = executor, 0.0
         self._steps_per_graph, self._automatic = steps_per_graph, automatic
-        self._kept: dict[int, list[KeptLoop]] = {}  # by batch size
+        self._kept: dict[tuple[int, bool], list[KeptLoop]] = {}  # by batch size, and given_noise
 
     @property
     def forms(self) -> list[str]:
@@ -70,10 +87,10 @@ class Loops:
         self._kept.clear()
         self.executor.release()
 
-    def _make(self, sampler: Sampler, size: int) -> KeptLoop:
+    def _make(self, sampler: Sampler, size: int, given_noise: bool) -> KeptLoop:
         # Buffers made in inference mode could not be written outside it by a later run.
         with torch.inference_mode(False):
-            loop = Loop(sampler, size)
+            loop = Loop(sampler, size, given_noise)
         began = time.perf_counter()
         try:
             return KeptLoop(loop, self.executor, self._steps_per_graph)
@@ -88,13 +105,15 @@ class Loops:
                 self.capture_seconds += time.perf_counter() - began
 
     @contextmanager
-    def borrowed(self, sampler: Sampler, size: int) -> Iterator[KeptLoop]:
+    def borrowed(
+        self, sampler: Sampler, size: int, given_noise: bool = False
+    ) -> Iterator[KeptLoop]:
         """Made if none is free, and kept for the next run."""
-        free = self._kept.setdefault(size, [])
+        free = self._kept.setdefault((size, given_noise), [])
         try:
             one = free.pop()
         except IndexError:
-            one = self._make(sampler, size)
+            one = self._make(sampler, size, given_noise)
         try:
             yield one
         finally:

@@ -55,6 +55,10 @@ def predict_xstart(schedule: NoiseSchedule, table: np.ndarray, prediction_type: 
         table[:, B] = -schedule.sqrt_recipm1_alphas_cumprod
     elif prediction_type == "sample":
         table[:, B] = 1.0
+    elif prediction_type == "previous_x":  # the mean of equation 7 solved for x_0
+        with np.errstate(divide="ignore"):  # past the signal's end: make_plan refuses it
+            table[:, B] = 1.0 / schedule.posterior_mean_coef1
+            table[:, A] = -schedule.posterior_mean_coef2 / schedule.posterior_mean_coef1
     else:  # v_prediction: Salimans & Ho 2022 (arXiv:2202.00512), appendix D
         table[:, A] = schedule.sqrt_alphas_cumprod
         table[:, B] = -schedule.sqrt_one_minus_alphas_cumprod
@@ -67,13 +71,21 @@ def _eps(schedule: NoiseSchedule, prediction_type: str) -> tuple[np.ndarray, np.
         return np.zeros_like(keep), np.ones_like(keep)
     if prediction_type == "sample":
         return 1.0 / root, -keep / root
+    if prediction_type == "previous_x":  # by way of x_0
+        table = np.zeros((len(keep), WIDTH))
+        predict_xstart(schedule, table, prediction_type)
+        with np.errstate(invalid="ignore"):  # likewise
+            return (1.0 - keep * table[:, A]) / root, -keep * table[:, B] / root
     return root, keep
 
 
 def _ddpm(schedule: NoiseSchedule, table: np.ndarray, settings: Settings) -> np.ndarray:
     """Ho et al. 2020, equation 7; learned variances: Nichol & Dhariwal 2021, equation 15."""
-    table[:, C0] = schedule.posterior_mean_coef1
-    table[:, C1] = schedule.posterior_mean_coef2
+    if settings.prediction_type == "previous_x":
+        table[:, C3] = 1.0
+    else:
+        table[:, C0] = schedule.posterior_mean_coef1
+        table[:, C1] = schedule.posterior_mean_coef2
     flags = np.zeros(len(table), dtype=np.int32)
     if settings.variance_type == "fixed_small":
         table[:, SIGMA] = np.sqrt(schedule.posterior_variance)

@@ -25,7 +25,7 @@ from ddpm_fast.methods import (
     Settings,
     predict_xstart,
 )
-from ddpm_fast.schedule import PREDICTION_TYPES, VARIANCE_TYPES, NoiseSchedule
+from ddpm_fast.schedule import STEP_PREDICTION_TYPES, VARIANCE_TYPES, NoiseSchedule
 from ddpm_fast.spacing import timesteps_for
 
 
@@ -54,6 +54,23 @@ class Plan:
     variance_type: str
     use_clipped_model_output: bool
     clip_denoised: bool
+
+    @classmethod
+    def of_table(
+        cls, table: np.ndarray, flags: np.ndarray, timesteps: list[int], **how: Any
+    ) -> Plan:
+        """The plan of a float64 table (S, 16), its rows' flags (S,) and how it was made.
+
+        ValueError where a coefficient in use is not finite.
+        """
+        coefficients64 = torch.from_numpy(table.copy())
+        coefficients = coefficients64.float()
+        _check_finite(coefficients, timesteps, how["prediction_type"])
+        index = torch.zeros((len(timesteps), 4), dtype=torch.int32)
+        index[:, TIMESTEP] = torch.tensor(timesteps)
+        index[:, NOISE_STEP] = torch.arange(1, len(timesteps) + 1)
+        index[:, FLAGS] = torch.from_numpy(flags.copy())
+        return cls(timesteps, coefficients64, coefficients, index, **how)
 
     @property
     def num_steps(self) -> int:
@@ -97,7 +114,7 @@ def _check_finite(coefficients: torch.Tensor, timesteps: list[int], prediction_t
     timestep = timesteps[int(bad.nonzero()[0])]
     advice = (
         "use a model with v_prediction or sample, or leave this timestep out"
-        if prediction_type == "epsilon"
+        if prediction_type in ("epsilon", "previous_x")
         else "leave this timestep out"
     )
     raise ValueError(
@@ -112,7 +129,7 @@ def _check_options(
     if not isinstance(schedule, NoiseSchedule):
         raise ValueError(f"schedule must be a NoiseSchedule, but {shown(schedule)} was given.")
     one_of("method", method, METHODS)
-    one_of("prediction_type", settings.prediction_type, PREDICTION_TYPES)
+    one_of("prediction_type", settings.prediction_type, STEP_PREDICTION_TYPES)
     one_of("variance_type", settings.variance_type, VARIANCE_TYPES)
     for name, value in (
         ("clip_denoised", clip_denoised),
@@ -165,7 +182,8 @@ def make_plan(
     method: ddpm, ddim, dpmpp_2m (DPM-Solver++), or ddim_inverse, which goes from x_0 to x_T.
     steps, spacing, steps_offset: see `spacing.timesteps_for`; None is every timestep.
     eta: 0 .. 1, ddim only (0 draws no noise, 1 has DDPM's fixed_small variance). prediction_type,
-    variance_type: what the model was trained for. clip_denoised: pred_xstart into [-1, 1].
+    variance_type: what the model was trained for (previous_x: the mean of x_{t-1}, which no clip
+    moves). clip_denoised: pred_xstart into [-1, 1].
     use_clipped_model_output: ddim only; where the clip has moved pred_xstart, True derives eps from
     it again (guided-diffusion), False keeps the network's own beside it (diffusers' default).
     strength: img2img (SDEdit, Meng et al. 2022, arXiv:2108.01073): start from a given x_start,
@@ -187,14 +205,6 @@ def make_plan(
     table[:, CLIP_LO], table[:, CLIP_HI] = (-1.0, 1.0) if clip_denoised else (-np.inf, np.inf)
 
     order = slice(None) if inverse else slice(None, None, -1)
-    timesteps = kept[order].tolist()
-    coefficients64 = torch.from_numpy(table[order].copy())
-    coefficients = coefficients64.float()
-    _check_finite(coefficients, timesteps, prediction_type)
-    index = torch.zeros((len(kept), 4), dtype=torch.int32)
-    index[:, TIMESTEP] = torch.tensor(timesteps)
-    index[:, NOISE_STEP] = torch.arange(1, len(kept) + 1)
-    index[:, FLAGS] = torch.from_numpy(flags[order].copy())
     start = None
     if inverse:
         start = torch.tensor([[1.0, 0.0]])
@@ -203,11 +213,10 @@ def make_plan(
         start = torch.tensor([level], dtype=torch.float32)
     if spacing is None:
         spacing = "all" if steps is None else steps if isinstance(steps, str) else "openai"
-    return Plan(
-        timesteps=timesteps,
-        coefficients64=coefficients64,
-        coefficients=coefficients,
-        index=index,
+    return Plan.of_table(
+        table[order],
+        flags[order],
+        kept[order].tolist(),
         start=start,
         method=method,
         spacing=spacing,

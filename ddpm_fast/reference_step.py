@@ -8,6 +8,12 @@ from torch import Tensor
 from ddpm_fast.arguments import shown
 
 
+def _any(mask: Tensor, traced: bool) -> bool:
+    """Whether a value of the mask is set; `traced` where there are no values to look at, as in
+    torch.export."""
+    return traced if torch.compiler.is_exporting() else bool(mask.any())
+
+
 def _check_state(coefficients: Tensor, index: Tensor, row: Tensor, x_t: Tensor) -> None:
     if x_t.ndim < 2 or not x_t.is_floating_point():
         raise ValueError(
@@ -25,7 +31,7 @@ def _check_state(coefficients: Tensor, index: Tensor, row: Tensor, x_t: Tensor) 
             f"row must be int64 of shape ({len(x_t)},), one per sample, but is {row.dtype} of"
             f" shape {tuple(row.shape)}."
         )
-    if ((row < 0) | (row >= steps)).any():
+    if _any((row < 0) | (row >= steps), traced=False):
         raise ValueError(f"row must lie in 0 to {steps - 1}, but holds {shown(row.tolist())}.")
 
 
@@ -73,8 +79,9 @@ def _prediction(
 
 
 def _exp(x: Tensor) -> Tensor:
-    """exp; in float32 the contract's polynomial, whose bits every backend repeats."""
-    if x.dtype != torch.float32:
+    """exp; in float32 the contract's polynomial, whose bits every backend repeats (but in an
+    exported program, which has torch's)."""
+    if x.dtype != torch.float32 or torch.compiler.is_exporting():
         return torch.exp(x)
     from ddpm_fast.noise import exp32
 
@@ -112,6 +119,7 @@ def step(
     conditional, the last unconditional; eps = u + scale * (c - u). noise and previous_pred_xstart
     may be left out where no row in use has a coefficient for them. Everything is rounded to x_t's
     dtype, operation by operation, in the order written here. A NaN passes the clip as a NaN.
+    torch.export takes it: noise and previous_pred_xstart must then be given.
     """
     _check_state(coefficients, index, row, x_t)
     # The columns as methods.py names them.
@@ -120,11 +128,13 @@ def step(
         column.reshape(-1, *[1] * (x_t.ndim - 1)) for column in columns.unbind(1)[:11]
     )
     learned = ((index[row, 2] & 1) != 0).reshape(sigma.shape)  # methods.LEARNED_VARIANCE
-    any_learned = bool(learned.any())
+    has_extra = model_output.ndim > 1 and model_output.shape[1] == 2 * x_t.shape[1]
+    any_learned = _any(learned, traced=has_extra)
 
     output, extra = _prediction(model_output, x_t, guidance_scale, any_learned)
-    noise = _optional("noise", noise, any_learned or bool((sigma != 0).any()), x_t)
-    previous = _optional("previous_pred_xstart", previous_pred_xstart, bool((c2 != 0).any()), x_t)
+    noisy, multistep = _any(learned | (sigma != 0), True), _any(c2 != 0, True)
+    noise = _optional("noise", noise, noisy, x_t)
+    previous = _optional("previous_pred_xstart", previous_pred_xstart, multistep, x_t)
     if any_learned:
         frac = (extra + 1) * 0.5
         log_variance = frac * max_log + (1 - frac) * min_log

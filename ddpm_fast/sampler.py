@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from itertools import islice
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .arguments import count, real
 from .checkpoint import Model
+from .conditions import check_conditions, check_examples, class_labels
 from .device import with_index
 from .executor import WHOLE
 from .graphs import make_executor, resolve_backend
@@ -35,7 +36,8 @@ class Sampler:
         network: any callable (x_t, t, **conditions) -> prediction, x_t (N, C, *size) of `dtype`
             and t (N,) int64 on `device`; ours or a host project's. x_t is a buffer that the next
             step writes: a network that keeps it must clone it.
-        schedule: the noise schedule that it was trained with.
+        schedule: the noise schedule that it was trained with; or a whole plan, in the place of
+            what `plan.make_plan` takes.
         sample_shape: (C, *size) of one sample.
         method, steps, spacing, eta, prediction_type, variance_type, clip_denoised, steps_offset,
             use_clipped_model_output, strength: see `plan.make_plan`.
@@ -45,6 +47,8 @@ class Sampler:
             arXiv:2207.12598, with W = 1 + w); 1 is off. Needs the next two.
         num_classes: of a conditional network, which is called with `class_labels` (N,) int64.
         null_class: the label that means "no class".
+        conditions: what else the network is given of each sample, by the argument's name: one
+            sample's tensor, whose shape and dtype count; the values come with each run.
         graphs: capture the step in a CUDA graph, with a backend that can be captured (cuda or
             triton), and replay that. With True, what cannot be captured raises; with "auto" it is
             sampled step by step, with one warning. On a CPU there is nothing to capture.
@@ -58,7 +62,7 @@ class Sampler:
     def __init__(
         self,
         network: Network,
-        schedule: NoiseSchedule,
+        schedule: NoiseSchedule | Plan,
         sample_shape: Sequence[int],
         *,
         method: str = "ddpm",
@@ -74,6 +78,7 @@ class Sampler:
         guidance_scale: float = 1.0,
         num_classes: int | None = None,
         null_class: int | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
@@ -82,13 +87,15 @@ class Sampler:
     ) -> None:
         self.device, self.dtype = with_index(torch.device(device)), dtype
         self.network, self.sample_shape = network, tuple(sample_shape)
-        plan = make_plan(
-            *(schedule, method, steps, spacing, eta),
-            *(prediction_type, variance_type, clip_denoised),
-            steps_offset=steps_offset,
-            use_clipped_model_output=use_clipped_model_output,
-            strength=strength,
-        )
+        plan = schedule
+        if not isinstance(plan, Plan):
+            plan = make_plan(
+                *(schedule, method, steps, spacing, eta),
+                *(prediction_type, variance_type, clip_denoised),
+                steps_offset=steps_offset,
+                use_clipped_model_output=use_clipped_model_output,
+                strength=strength,
+            )
         self.plan: Plan = plan.to(self.device)
         self.timesteps = self.plan.index[:, 0].long()
         self.backend, self.backend_reason = resolve_backend(self.device, backend, graphs)
@@ -99,6 +106,7 @@ class Sampler:
         self._sizes: list[int] = []  # that `capture` was asked for, ascending
         self.guidance_scale = real("guidance", guidance_scale)
         self.num_classes, self.null_class = num_classes, null_class
+        self.conditions = check_examples(conditions, num_classes is not None)
         self.guided = self.guidance_scale != 1.0
         if self.guided and (num_classes is None or null_class is None):
             raise ValueError(
@@ -151,6 +159,7 @@ class Sampler:
         classes: Sequence[int] | None,
         x_T: FirstState | None = None,
         x_start: FirstState | None = None,
+        conditions: Mapping[str, FirstState] | None = None,
     ) -> None:
         """Raise ValueError, before any work, for a run that `batches` would refuse."""
         count("the batch size", batch_size, 1, MAX_BATCH_SIZE)
@@ -158,6 +167,7 @@ class Sampler:
         self.labels(torch.zeros(1, dtype=torch.int64), classes)
         num_samples = len(indices) if isinstance(indices, Sized) else None
         check_first_state(self.plan, (num_samples, *self.sample_shape), x_T, x_start)
+        check_conditions(self.conditions, conditions, num_samples)
 
     @property
     def graphs(self) -> bool:
@@ -202,27 +212,7 @@ class Sampler:
 
     def labels(self, index: Tensor, classes: Sequence[int] | None) -> Tensor | None:
         """The label of every sample: the class list repeated over the sample indices."""
-        if self.num_classes is None:
-            if classes is not None:
-                raise ValueError("classes were asked for, but this model was trained without them")
-            return None
-        if classes is None:
-            if self.guided:
-                raise ValueError("guidance is towards a class: give classes, or leave it at 1")
-            if self.null_class is None:
-                raise ValueError(
-                    f"this model always needs a class: give some of 0 to {self.num_classes - 1}"
-                )
-            return torch.full_like(index, self.null_class)
-        if not len(classes):
-            raise ValueError("classes must have at least one; None asks for none")
-        for label in classes:
-            if isinstance(label, bool) or label not in range(self.num_classes):
-                raise ValueError(
-                    f"there is no class {label}: this model has 0 to {self.num_classes - 1}"
-                )
-        classes = torch.tensor([int(label) for label in classes], dtype=torch.int64)
-        return classes[index % len(classes)]
+        return class_labels(index, classes, self.num_classes, self.null_class, self.guided)
 
     def stream(self, indices: Iterable[int], **settings: object) -> Iterator[tuple[int, Tensor]]:
         """Yield (sample index, x_0 (C, *size) float32), each once, as their batches end.
@@ -240,8 +230,10 @@ class Sampler:
         seed: int = 0,
         batch_size: int | None = None,
         classes: Sequence[int] | None = None,
+        conditions: Mapping[str, FirstState] | None = None,
         x_T: FirstState | None = None,
         x_start: FirstState | None = None,
+        noise: Callable[[Tensor, int], Tensor | None] | None = None,
         callback: Callable[[Tensor, int, Tensor], None] | None = None,
         callback_every: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -254,10 +246,14 @@ class Sampler:
                 the others are. They may have no end, and are asked for a batch at a time.
             batch_size: how many are computed at once; a last, partial batch is padded.
             classes: sample i is of class classes[i % len(classes)]; None is no class.
+            conditions: the values of the sampler's, by name: (N, *shape), or functions, as for x_T.
+                Guidance gives them to both halves.
             x_T: in the place of the drawn x_T, floating point: (N, C, *size) in the order of the N
                 indices, or a function from some of them (B,) to theirs (B, C, *size).
             x_start: likewise, for a sampler with a strength (img2img: each is noised, and denoised
                 from there) or method ddim_inverse (each is turned into its x_T).
+            noise: in the place of the steps' drawn noise, a function of (sample indices (B,), step)
+                to (B, C, *size), called before each step, 1 .. S; None where that uses none.
             callback: called as (sample indices, steps done, x_t) before the first step, after each
                 `callback_every` and after the last, without the padding. x_t is on the CPU; clone
                 what you keep. A GPU's steps go on meanwhile: the host waits for the copy alone.
@@ -265,9 +261,9 @@ class Sampler:
         count("callback_every", callback_every, 1, MAX_STEP)
         if batch_size is None:
             batch_size = self.default_batch_size(indices)
-        self.check(indices, seed, batch_size, classes, x_T, x_start)
+        self.check(indices, seed, batch_size, classes, x_T, x_start, conditions)
         wanted, first = iter(indices), 0
-        with self.loops.borrowed(self, batch_size) as lent:
+        with self.loops.borrowed(self, batch_size, noise is not None) as lent:
             while some := [*islice(wanted, batch_size)]:
                 for i in some:
                     count("a sample's index", i, 0, LAST_INDEX)
@@ -277,9 +273,11 @@ class Sampler:
                 index = torch.tensor(some, dtype=torch.int64)[place]
                 given = [rows(x, index, first + place) for x in (x_T, x_start)]
                 check_first_state(self.plan, (batch_size, *self.sample_shape), *given)
-                lent.start(seed, index, self.labels(index, classes), *given)
+                named = {k: rows(v, index, first + place) for k, v in (conditions or {}).items()}
+                check_conditions(self.conditions, named, batch_size)
+                lent.start(seed, index, self.labels(index, classes), *given, named)
                 x, see = lent.loop.x[:kept], callback and partial(callback, index[:kept])
-                lent.run(x, see, callback_every)
+                lent.run(x, see, callback_every, noise and partial(noise, index))
                 first += kept
                 yield index[:kept], x.clone()
 

@@ -14,7 +14,9 @@ import numpy as np
 
 from ddpm_fast.arguments import count, one_of, real, shown
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")  # of a stored model
+# What a step can be made of: also the mean of x_{t-1}, the PREVIOUS_X of OpenAI's code.
+STEP_PREDICTION_TYPES = (*PREDICTION_TYPES, "previous_x")
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 MAX_TIMESTEPS = 2**20 - 1  # the noise contract counts steps in 20 bits, and step 0 draws x_T
@@ -59,12 +61,13 @@ class NoiseSchedule:
 
     def __init__(self, betas: Sequence[float] | np.ndarray):
         betas = _check_betas(betas)
-        self._set_tables(betas, np.cumprod(1.0 - betas))
-        self._recipe: dict[str, Any] | None = None
+        ac = np.cumprod(1.0 - betas)
+        self._set_tables(betas, ac, np.append(1.0, ac[:-1]))
 
-    def _set_tables(self, betas: np.ndarray, alphas_cumprod: np.ndarray) -> None:
-        ac, ac_prev = alphas_cumprod, np.append(1.0, alphas_cumprod[:-1])
+    def _set_tables(self, betas: np.ndarray, ac: np.ndarray, ac_prev: np.ndarray) -> None:
+        self._recipe: dict[str, Any] | None = None
         alphas = 1.0 - betas
+        self.alphas_cumprod_next = np.append(ac[1:], 0.0)
         self.num_timesteps: int = len(betas)
         self.betas, self.alphas = betas, alphas
         self.alphas_cumprod, self.alphas_cumprod_prev = ac, ac_prev
@@ -86,6 +89,21 @@ class NoiseSchedule:
         for table in vars(self).values():
             if isinstance(table, np.ndarray):
                 table.setflags(write=False)
+
+    @classmethod
+    def of_levels(
+        cls, betas: np.ndarray, alphas_cumprod: np.ndarray, alphas_cumprod_prev: np.ndarray
+    ) -> NoiseSchedule:
+        """Steps that each say for themselves from where to where they lead; float64 (S,).
+
+        By rising timestep. betas is 1 - alphas_cumprod / alphas_cumprod_prev, as far as whoever
+        gives them has rounded it. Nothing is checked: what comes of a beta of 0, or of two steps
+        without signal, may not be finite.
+        """
+        schedule = cls.__new__(cls)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            schedule._set_tables(betas, alphas_cumprod, alphas_cumprod_prev)
+        return schedule
 
     @classmethod
     def _named(cls, betas: np.ndarray, name: str, start: float, end: float) -> NoiseSchedule:
@@ -162,14 +180,13 @@ class NoiseSchedule:
         if len(kept) == self.num_timesteps:
             return self
         ac = self.alphas_cumprod[kept]
+        ac_prev = np.append(1.0, ac[:-1])
         if len(ac) > 1 and ac[-2] == 0:
             raise ValueError(
                 f"no signal is left from timestep {kept[int((ac == 0).argmax())]} on, so it must"
                 f" be the last one kept; leave out the later timesteps."
             )
-        respaced = NoiseSchedule(1.0 - ac / np.append(1.0, ac[:-1]))
-        respaced._set_tables(respaced.betas, ac)
-        return respaced
+        return NoiseSchedule.of_levels(_check_betas(1.0 - ac / ac_prev), ac, ac_prev)
 
     def config(self) -> dict[str, Any]:
         """A JSON-able description under diffusers' key names; `from_config` restores every bit."""

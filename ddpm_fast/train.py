@@ -23,9 +23,8 @@ from .data import Dataset, load_dataset
 from .device import resolve_device, resolve_dtype
 from .files import replacing
 from .images import is_picture, to_uint8, write_grid
-from .plan import PREDICTION_TYPES
 from .sampler import Sampler
-from .schedule import NoiseSchedule
+from .schedule import PREDICTION_TYPES, NoiseSchedule
 from .training import LR_SCHEDULES, Trainer, TrainSettings
 from .unet import UNet
 from .unet_config import UNetConfig

@@ -91,11 +91,21 @@ void fuzz_q_sample() {
   compare("q_sample", shape, {&x_t, &noise},
           [&](const CpuKernels& kernels, int64_t begin, int64_t end) {
             float* z = noise.data<float>();
-            kernels.q_sample(
-                {x_t.data<float>(), given ? nullptr : z, x_start.data<float>(), given ? z : nullptr,
-                 coefficients, t.data(), seed.data(), seed.data(), x_start.layout, shape.samples,
-                 shape.channels, shape.pixels, 3, 1, past_caches},
-                begin, end);
+            kernels.q_sample({.samples = shape.samples,
+                              .channels = shape.channels,
+                              .pixels = shape.pixels,
+                              .table_rows = 3,
+                              .x_t = x_t.data<float>(),
+                              .noise_out = given ? nullptr : z,
+                              .x_start = x_start.data<float>(),
+                              .noise = given ? z : nullptr,
+                              .coefficients = coefficients,
+                              .timesteps = t.data(),
+                              .seed = seed.data(),
+                              .sample_index = seed.data(),
+                              .layout = x_start.layout,
+                              .past_caches = past_caches},
+                             begin, end);
             return int64_t{-1};
           });
 }
@@ -113,17 +123,18 @@ void fuzz_step() {
   Buffer next(random_dtype(), next_shape);
   const float scale = 1.7f;
   // All terms; a plain row; a copy of x_t with infinite clips.
-  float table[3][16] = {{1.2f, -.7f, .6f, .3f, -.2f, .1f, .3f, -7.f, -1.f, -1.f, 1.f},
-                        {1.1f, -.4f, .5f, .4f, 0, 0, .2f, -7.f, -1.f, -1.f, 1.f},
-                        {0, 0, 0, 1.f, 0, 0, 0, -7.f, -1.f, -__builtin_inff(), __builtin_inff()}};
-  const int32_t index[3][4] = {{0, 7, learned ? 1 : 0, 0}, {0, (1 << 20) - 1, 0, 0}, {0, 0, 0, 0}};
+  Coefficients table[3] = {
+      {1.2f, -.7f, .6f, .3f, -.2f, .1f, .3f, -7.f, -1.f, -1.f, 1.f, {}},
+      {1.1f, -.4f, .5f, .4f, 0, 0, .2f, -7.f, -1.f, -1.f, 1.f, {}},
+      {0, 0, 0, 1.f, 0, 0, 0, -7.f, -1.f, -__builtin_inff(), __builtin_inff(), {}}};
+  const RowIndex index[3] = {{0, 7, learned ? 1 : 0, 0}, {0, (1 << 20) - 1, 0, 0}, {0, 0, 0, 0}};
   const auto row = random_indices(shape.samples, true), seed = random_indices(shape.samples, false);
   const bool in_place = flip(), has_previous = flip();
-  if (!has_previous) table[0][4] = 0;
+  if (!has_previous) table[0].c2 = 0;
   StepArgs args{};
   args.guidance_scale = guided ? &scale : nullptr;
-  args.coefficients = table[0];
-  args.index = index[0];
+  args.coefficients = table;
+  args.index = index;
   args.row = row.data();
   args.seed = args.sample_index = seed.data();
   args.x_layout = x.layout;

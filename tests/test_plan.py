@@ -66,6 +66,37 @@ def test_rows_equal_the_published_step(
     check_rows(schedule, plan)
 
 
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("method, eta, use_clipped", METHODS)
+def test_rows_of_previous_x_equal_the_published_step(method, eta, use_clipped, clip):
+    """OpenAI's PREVIOUS_X: the network predicts the mean of x_{t-1}."""
+    schedule = NoiseSchedule.linear(100, 1e-3, 0.1)
+    types = {"prediction_type": "previous_x", "variance_type": "learned_range"}
+    options = {"clip_denoised": clip, "use_clipped_model_output": use_clipped}
+    check_rows(schedule, make_plan(schedule, method, eta=eta, **types, **options))
+
+
+@pytest.mark.parametrize("method", M.METHODS)
+def test_previous_x_says_what_epsilon_says(method):
+    """The mean that an eps stands for, predicted in its place, takes every method the same way."""
+    schedule = NoiseSchedule.linear(50, 1e-3, 0.2)
+    generator = torch.Generator().manual_seed(0)
+    plans = {
+        name: make_plan(schedule, method, prediction_type=name, clip_denoised=False)
+        for name in ("epsilon", "previous_x")
+    }
+    for i, timestep in enumerate(plans["epsilon"].timesteps):
+        x, eps, noise, before = torch.randn(4, 3, 2, generator=generator, dtype=torch.float64)
+        row, t = torch.full((3,), i), torch.full((3,), timestep)
+        out = reference.p_mean_variance(schedule, eps, x, t, clip_denoised=False)
+        steps = [
+            reference.step(plan.coefficients64, plan.index, row, x, output, noise, before)
+            for plan, output in zip(plans.values(), (eps, out.mean), strict=True)
+        ]
+        for got, wanted in zip(*steps, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-11)
+
+
 @pytest.mark.parametrize("method, variance_type", [("ddpm", "learned_range"), ("ddim", "learned")])
 @pytest.mark.parametrize("steps, spacing", STEPS)
 def test_respaced_rows_equal_the_published_step(steps, spacing, method, variance_type):
@@ -162,6 +193,9 @@ def test_signal_that_ends_early():
     assert make_plan(schedule, prediction_type="sample").num_steps == 4
     sentence(lambda: make_plan(schedule, "ddim", prediction_type="sample"), "timestep 3")
     sentence(lambda: make_plan(schedule, steps=3), "timestep 2")
+    for method in M.METHODS:
+        previous = {"prediction_type": "previous_x"}
+        sentence(lambda m=method, p=previous: make_plan(schedule, m, **p), "previous_x", "v_pred")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 
 from ddpm_fast import noise, reference
 from ddpm_fast.checkpoint import Model
+from ddpm_fast.plan import make_plan
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
 
@@ -115,6 +116,38 @@ def test_class_of_a_sample_follows_its_index(model):
     sampler = Sampler.from_model(model, **SETTINGS)
     assert sampler.labels(torch.arange(5, 9), [2, 0, 1]).tolist() == [1, 2, 0, 1]
     assert sampler.labels(torch.arange(2), None).tolist() == [3, 3]
+
+
+def test_given_noise_takes_the_place_of_the_drawn_one(model):
+    """The drawn noise, given, changes no byte, in padded batches too; none where there is none."""
+    sampler, asked = Sampler.from_model(model, steps=5, backend="cpu"), []
+
+    def draw(index: torch.Tensor, step: int) -> torch.Tensor | None:
+        asked.append((index.tolist(), step))
+        return (
+            torch.from_numpy(noise.randn(9, index.tolist(), step, (1, 8, 8))) if step < 5 else None
+        )
+
+    run = {"start": 4, "batch_size": 2, "classes": [1]}
+    x_T = torch.from_numpy(noise.randn(9, [4, 5, 6], 0, (1, 8, 8)))
+    given = sampler.sample(3, seed=1, x_T=x_T, noise=draw, **run)
+    assert torch.equal(given, sampler.sample(3, seed=9, **run))
+    assert asked == [([4 + 2 * b, 5 + b], step) for b in (0, 1) for step in range(1, 6)]
+    with pytest.raises(
+        ValueError, match=r"noise must be of shape \(2, 1, 8, 8\), but \(1, 8\) was"
+    ):
+        sampler.sample(2, noise=lambda *_: torch.zeros(1, 8), **run)
+    assert torch.equal(given, sampler.sample(3, seed=9, **run))  # and it goes on
+
+
+def test_a_whole_plan_takes_the_place_of_its_settings():
+    schedule = NoiseSchedule.linear(50, 1e-3, 0.3)
+    settings = {"method": "ddim", "steps": 7, "eta": 0.3, "prediction_type": "sample"}
+    runs = [
+        Sampler(lambda x, t: x.sin(), what, (2, 3), backend="cpu", **rest).sample(2, seed=4)
+        for what, rest in ((schedule, settings), (make_plan(schedule, **settings), {}))
+    ]
+    assert torch.equal(*runs)
 
 
 @pytest.mark.parametrize("network", [lambda x, t: x, lambda x, t: x.flatten(1).view_as(x)])

@@ -57,6 +57,7 @@ def test_tables_long_hand(name):
             "alphas": 1 - beta,
             "alphas_cumprod": ac,
             "alphas_cumprod_prev": ac_prev,
+            "alphas_cumprod_next": ac * (1 - betas[t + 1]) if t < 99 else 0.0,
             "sqrt_alphas_cumprod": math.sqrt(ac),
             "sqrt_one_minus_alphas_cumprod": math.sqrt(1 - ac),
             "log_one_minus_alphas_cumprod": math.log(1 - ac),
@@ -77,7 +78,7 @@ def test_tables_long_hand(name):
 
 def test_tables_are_float64_and_read_only():
     tables = [v for v in vars(NoiseSchedule.linear(5)).values() if isinstance(v, np.ndarray)]
-    assert len(tables) == 13
+    assert len(tables) == 14
     for table in tables:
         assert table.dtype == np.float64 and table.shape == (5,)
         with pytest.raises(ValueError):

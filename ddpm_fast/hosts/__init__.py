@@ -1,0 +1,1 @@
+"""ddpm_fast inside other projects, under their interfaces."""
