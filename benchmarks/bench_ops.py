@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ddpm_fast import ops
 from ddpm_fast.device import resolve_device
+from ddpm_fast.fused import Conv
 from ddpm_fast.plan import make_plan
 from ddpm_fast.schedule import NoiseSchedule
 
@@ -82,6 +83,7 @@ def alternate(benchmark, calls: dict[str, Call]) -> dict[str, float]:
 def figures() -> Iterator[dict]:
     """{operator: {case: {who: seconds a call}}}, written when all are measured."""
     rows: dict = {"randn": {}, "q_sample": {}, "p_sample_step": {}, "group_norm": {}}
+    rows["conv2d"] = {}
     rows["absent_peers"] = [] if DDPMScheduler else ["diffusers"]
     with torch.inference_mode():
         yield rows
@@ -228,3 +230,20 @@ def test_group_norm(benchmark, figures, shape, dtype):
     }
     kind = str(dtype).removeprefix("torch.")
     figures["group_norm"][f"{shape}, {kind}"] = alternate(benchmark, calls)
+
+
+@pytest.mark.skipif(not ops.is_conv2d_fastest(), reason="prepared networks use oneDNN here")
+@pytest.mark.parametrize(
+    "shape", [(1, 24, 28, 28), (1, 96, 7, 7), (16, 96, 7, 7), (1, 256, 16, 16), (16, 256, 16, 16)],
+    ids=str,
+)  # fmt: skip
+def test_conv2d(benchmark, figures, monkeypatch, threads, shape):
+    """3x3 to as many channels, with bias and residual: a layer of a prepared network."""
+    channels, size = shape[1], shape[2:]
+    weight, bias = random(channels, channels, 3, 3), random(channels)
+    x, residual = (random(*shape).bfloat16().contiguous(memory_format=LAST) for _ in range(2))
+    own = Conv(weight, bias, torch.bfloat16, size, (1, 1))
+    monkeypatch.setattr(ops, "is_conv2d_fastest", lambda: False)
+    onednn = Conv(weight, bias, torch.bfloat16, size, (1, 1))
+    calls = {"cpu": lambda: own(x, residual), "oneDNN, packed": lambda: onednn(x, residual)}
+    figures["conv2d"][f"{shape}, threads: {threads}"] = alternate(benchmark, calls)

@@ -22,6 +22,7 @@ from peers import CEILING_FLOP, ceiling
 from torch import Tensor, nn
 
 from ddpm_fast.device import resolve_dtype
+from ddpm_fast.fused import Conv
 from ddpm_fast.inference import FusedUNet, prepare
 
 CPU = torch.device("cpu")
@@ -52,11 +53,12 @@ class Profile:
             self._inner[-1] += taken
         kind, flop = type(module).__name__, 0.0
         weight = getattr(module, "weight", None)
-        if weight is not None and weight.ndim > 2:
-            taps = "x".join(map(str, weight.shape[2:]))
+        shape = module.shape if isinstance(module, Conv) else getattr(weight, "shape", ())
+        if len(shape) > 2:
+            taps = "x".join(map(str, shape[2:]))
             size = "x".join(map(str, out.shape[2:]))
             kind = f"convolution {taps} to {size}"
-            flop = 2.0 * out.numel() * weight.shape[1] * weight.shape[2] * weight.shape[3]
+            flop = 2.0 * out.numel() * shape[1] * shape[2] * shape[3]
         row = self.kinds[kind]
         row["seconds"] += own
         row["flop"] += flop

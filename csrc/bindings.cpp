@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -49,6 +50,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_levels_available", [] { return levels(true); },
       "The compiled levels that this CPU has, best last.");
+  m.def(
+      "conv_kernels",
+      []() -> std::optional<std::string> {
+        const ConvKernels* kernels = conv_kernels();
+        return kernels == nullptr ? std::nullopt : std::optional<std::string>(kernels->name);
+      },
+      "The instruction set of `conv2d`, or None where this CPU, or the level in use, has none.");
   m.def("_set_cpu_level", &set_cpu_level, py::arg("name"),
         "Use this level from now on (for tests); RuntimeError if it is not available.");
   bind_numpy(m);

@@ -25,6 +25,22 @@ struct GroupNormArgs {
   DType dtype;  // of x and out: float32 or bfloat16
 };
 
+// A convolution's layer on samples of one size; pairs are (height, width).
+struct ConvShape {
+  int64_t in_channels, out_channels;
+  int64_t size[2], out_size[2], kernel[2], stride[2], padding[2];
+};
+
+// out = convolution of x, plus bias and residual: channels_last, without gaps.
+struct ConvArgs {
+  ConvShape shape;
+  int64_t samples;
+  void* out;
+  const void *x, *weight;  // weight: as ConvKernels::pack made it
+  const float* bias;       // or null
+  const void* residual;    // or null; like out
+};
+
 // Static, as in arguments.h.
 static constexpr int64_t chunks_of(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
 
@@ -44,6 +60,20 @@ struct CpuKernels {
   void (*group_norm)(const GroupNormArgs&, int64_t begin, int64_t end, float* memory);
 };
 
+// Convolutions of bfloat16, on the CPUs that have instructions for them.
+struct ConvKernels {
+  const char* name;
+  int64_t (*packed_elements)(const ConvShape&);  // of these, size and out_size are not read
+  void (*pack)(const ConvShape&, const void* weight, void* packed);  // (O, I, kH, kW)
+  // The work's units, which may be cut anywhere: each costs as much as any other of its layer.
+  int64_t (*units)(const ConvArgs&);
+  int64_t (*memory_bytes)(const ConvShape&);
+  void (*conv2d)(const ConvArgs&, int64_t begin, int64_t end, void* memory);
+};
+
+// Null where this CPU has none, or the level in use is below AVX-512.
+const ConvKernels* conv_kernels();
+
 // The level in use: DDPM_FAST_CPU (baseline, avx2, avx512), else the best that this CPU has.
 // Throws std::runtime_error if the variable asks for a level that is not there.
 const CpuKernels& cpu_kernels();
@@ -53,6 +83,7 @@ int cpu_levels(const char* names[3], bool available_only);
 extern const CpuKernels kBaselineKernels;
 extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
+extern const ConvKernels kAvx512Bf16Conv;
 
 // Launchers; each returns cudaError_t. A bad row of a step leaves its sample as it was and sets the
 // status; a bad timestep makes its sample NaN.

@@ -7,8 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <sstream>
-#include <string>
+#include <ostream>
 
 #include "require.h"
 
@@ -36,12 +35,17 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
-inline std::string shape_text(const Tensor& t) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << ")";
-  return text.str();
+// A tensor's shape as a part of a message, which is made only where something is refused.
+struct ShapeText {
+  const Tensor& tensor;
+};
+
+inline ShapeText shape_text(const Tensor& t) { return {t}; }
+
+inline std::ostream& operator<<(std::ostream& out, const ShapeText& shape) {
+  out << "(";
+  for (int64_t i = 0; i < shape.tensor.dim(); ++i) out << (i ? ", " : "") << shape.tensor.size(i);
+  return out << ")";
 }
 
 inline void require_dtype(const char* name, const Tensor& t, ScalarType dtype) {

@@ -18,6 +18,11 @@ void p_sample_step_(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor
 // In torch_norm.cpp.
 void group_norm(Tensor out, Tensor x, std::optional<Tensor> skip, std::optional<Tensor> shift,
                 Tensor weight, Tensor bias, int64_t groups, double eps, bool silu);
+// In torch_conv.cpp.
+Tensor pack_conv2d(Tensor weight);
+Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+              int64_t out_channels, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+              std::vector<int64_t> padding);
 
 namespace {
 
@@ -135,6 +140,10 @@ STABLE_TORCH_LIBRARY(ddpm_fast, m) {
   m.def(
       "group_norm(Tensor(a!) out, Tensor x, Tensor? skip, Tensor? shift, Tensor weight, "
       "Tensor bias, int groups, float eps, bool silu) -> ()");
+  m.def("pack_conv2d(Tensor weight) -> Tensor");
+  m.def(
+      "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int out_channels, "
+      "int[] kernel_size, int[] stride, int[] padding) -> Tensor");
 }
 
 void implement(torch::stable::detail::StableLibrary& m) {
@@ -147,6 +156,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   implement(m);
   m.impl("group_norm", TORCH_BOX(&group_norm));
+  m.impl("pack_conv2d", TORCH_BOX(&pack_conv2d));
+  m.impl("conv2d", TORCH_BOX(&conv2d));
 }
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CUDA, m) { implement(m); }
 

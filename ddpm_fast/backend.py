@@ -42,6 +42,11 @@ def is_available() -> bool:
     return extension is not None
 
 
+def conv_kernels() -> str | None:
+    """The instruction set of `ops.conv2d` on this CPU, at the level in use; None if it has none."""
+    return None if extension is None else extension.conv_kernels()
+
+
 def is_overridden() -> bool:
     """Whether DDPM_FAST_BACKEND says what "auto" is."""
     return os.environ.get("DDPM_FAST_BACKEND", "").strip() not in ("", "auto")

@@ -32,7 +32,10 @@ def as_image(weight: Tensor) -> Tensor:
 
 
 class Conv(nn.Module):
-    """A convolution whose weight lies as oneDNN wants it, so that no call reorders it.
+    """A convolution whose weight lies as the kernel wants it, so that no call reorders it.
+
+    The kernel is `ops.conv2d` in bfloat16, where it is faster than oneDNN: not where the CPU has
+    AMX.
 
     weight (O, I, kH, kW) and bias (O) float32, padding on both sides; size: (H, W) of the usual
     input, which decides the order of the weight, but not what may be given.
@@ -48,17 +51,25 @@ class Conv(nn.Module):
         stride: Size = (1, 1),
     ) -> None:
         super().__init__()
-        self.bias = None if bias is None else bias.detach().to(dtype, copy=True)
-        self.is_fused = is_packable(dtype)
+        self.shape = tuple(weight.shape)
+        self.is_own = dtype == torch.bfloat16 and ops.is_conv2d_fastest()
+        self.is_fused = self.is_own or is_packable(dtype)
         self.place = (list(padding), list(stride), [1, 1], 1)
+        self.own_place = (self.shape[0], list(self.shape[2:]), list(stride), list(padding))
+        bias_dtype = torch.float32 if self.is_own else dtype
+        self.bias = None if bias is None else bias.detach().to(bias_dtype, copy=True)
         weight = weight.to(dtype, copy=True, memory_format=torch.channels_last)
-        if self.is_fused:
+        if self.is_own:
+            weight = ops.pack_conv2d(weight)
+        elif self.is_fused:
             shape = [16, weight.shape[1], *size]
             weight = _onednn._reorder_convolution_weight(weight.contiguous(), *self.place, shape)
         self.weight = weight
 
     def forward(self, x: Tensor, to: Tensor | None = None) -> Tensor:
         """The convolution of x, plus `to`, rounded once."""
+        if self.is_own:
+            return ops.conv2d(x, self.weight, self.bias, to, *self.own_place)
         if not self.is_fused:
             padding, stride, _, _ = self.place
             y = F.conv2d(x, self.weight, self.bias, stride, padding)

@@ -11,7 +11,7 @@ from importlib import metadata
 
 import torch
 
-from . import backend, graphs, noise
+from . import backend, graphs, noise, ops
 from .checkpoint import SHIPPED, load_model
 from .device import resolve_dtype
 from .executor import WHOLE
@@ -46,6 +46,13 @@ def _cpu_levels() -> str:
     except RuntimeError as error:
         return f"none: {error}"
     return f"{', '.join(backend.extension.cpu_levels_available())}; in use: {used}"
+
+
+def _convolutions() -> str:
+    """Whose convolutions a prepared network has on this CPU, in bfloat16."""
+    if ops.is_conv2d_fastest():
+        return f"own ({backend.conv_kernels()})"
+    return "oneDNN's: the CPU has AMX, or no AVX512-BF16"
 
 
 def _networks() -> list[tuple[str, str]]:
@@ -93,6 +100,7 @@ def report() -> list[tuple[str, str]]:
     lines.append(("Triton kernels", _triton_kernels()))
     lines.append(("captured loop", _captured_loop()))
     lines.append(("backend on cpu", _choice("cpu")))
+    lines.append(("bfloat16 convolutions", _convolutions()))
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             lines.append((f"backend on cuda:{i}", _choice(f"cuda:{i}")))

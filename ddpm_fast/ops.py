@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from . import fallback, noise
-from .backend import BackendError, is_available, is_overridden, resolve_backend
+from .backend import BackendError, conv_kernels, is_available, is_overridden, resolve_backend
 
 __all__ = [
     "BackendError",
+    "conv2d",
     "group_norm",
     "is_available",
+    "is_conv2d_fastest",
     "is_overridden",
     "p_sample_step",
     "p_sample_step_",
+    "pack_conv2d",
     "q_sample",
     "randn",
     "resolve_backend",
@@ -203,6 +206,41 @@ def group_norm(
     return out
 
 
+def is_conv2d_fastest() -> bool:
+    """Whether this CPU has `conv2d`, and no AMX, with which oneDNN's convolutions are faster."""
+    return conv_kernels() is not None and not torch.cpu._is_amx_tile_supported()
+
+
+def pack_conv2d(weight: Tensor) -> Tensor:
+    """A convolution's weight (O, I, kH, kW), bfloat16, as `conv2d` reads it: one dimension.
+
+    Raises RuntimeError where it is not so, and as `conv2d`.
+    """
+    return torch.ops.ddpm_fast.pack_conv2d.default(weight)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """A convolution, as torch's, plus residual: summed in float32, rounded once.
+
+    x: (N, C, H, W), bfloat16, channels_last. weight: from `pack_conv2d`. bias: float32 (O,).
+    residual: like the result, (N, O, H', W') in bfloat16, channels_last. kernel_size, stride,
+    padding: of (height, width). A sample's bits depend on the sample alone. No gradients. Raises
+    RuntimeError where an argument is not so, and on a CPU without AVX-512 for bfloat16.
+    """
+    return torch.ops.ddpm_fast.conv2d.default(
+        x, weight, bias, residual, out_channels, kernel_size, stride, padding
+    )
+
+
 def _require_one_device(*tensors: Tensor | None) -> None:
     """What torch asks of the fake implementations, because one of the tensors is on "meta"."""
     devices = sorted({str(t.device) for t in tensors if t is not None})
@@ -239,6 +277,19 @@ def _register() -> None:
     @torch.library.register_fake("ddpm_fast::group_norm")
     def _(*args, **kwargs):
         _require_one_device(*(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
+
+    @torch.library.register_fake("ddpm_fast::pack_conv2d")
+    def _(weight):
+        # The kernel alone knows how wide its blocks are.
+        return weight.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+    @torch.library.register_fake("ddpm_fast::conv2d")
+    def _(x, weight, bias, residual, out_channels, kernel_size, stride, padding):
+        _require_one_device(x, weight, bias, residual)
+        size = [
+            (x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)
+        ]
+        return x.new_empty((x.shape[0], out_channels, *size)).to(memory_format=torch.channels_last)
 
     def setup_context(ctx, inputs, output):
         _, coefficients, timesteps, *_ = inputs

@@ -69,6 +69,16 @@ const CpuKernels& cpu_kernels() {
   return *kernels;
 }
 
+const ConvKernels* conv_kernels() {
+#ifdef DDPM_FAST_X86
+  __builtin_cpu_init();
+  if (&cpu_kernels() == &kAvx512Kernels && __builtin_cpu_supports("avx512bf16")) {
+    return &kAvx512Bf16Conv;
+  }
+#endif
+  return nullptr;
+}
+
 void set_cpu_level(const char* name) { current.store(named(name), std::memory_order_release); }
 
 int cpu_levels(const char* names[3], bool available_only) {

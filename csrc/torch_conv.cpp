@@ -1,0 +1,148 @@
+// Convolutions for torch: their checks, and the kernel over all cores.
+#include <vector>
+
+#include "torch_run.h"
+
+namespace ddpm_fast {
+namespace {
+
+using Pair = std::vector<int64_t>;
+
+constexpr int64_t kMostTaps = 1 << 10;       // along a side
+constexpr int64_t kGrainProducts = 500'000;  // that are worth a thread
+
+const ConvKernels& kernels() {
+  const ConvKernels* found = conv_kernels();
+  require(found != nullptr,
+          "conv2d needs a CPU with AVX512-BF16, and DDPM_FAST_CPU not below avx512; use "
+          "torch.nn.functional.conv2d.");
+  return *found;
+}
+
+// (height, width), each of them at least `least`.
+void set_pair(const char* name, const Pair& values, int64_t least, int64_t (&to)[2]) {
+  require(values.size() == 2 && values[0] >= least && values[1] >= least &&
+              values[0] <= kMostTaps && values[1] <= kMostTaps,
+          name, " must be two integers from ", least, " to ", kMostTaps, ", for height and width.");
+  to[0] = values[0];
+  to[1] = values[1];
+}
+
+// A bfloat16 tensor (N, C, H, W) on the CPU, channels_last without gaps.
+void require_image(const char* name, const Tensor& t) {
+  require_dtype(name, t, ScalarType::BFloat16);
+  require(t.is_cpu() && t.dim() == 4, name,
+          " must be on the CPU, of the shape (N, C, H, W), but it is ", shape_text(t), ".");
+  int64_t expected = 1;
+  for (int i : {1, 3, 2, 0}) {
+    require(t.size(i) == 1 || t.stride(i) == expected || t.numel() == 0, name,
+            " must be channels_last without gaps.");
+    expected *= t.size(i);
+  }
+}
+
+// Without the dispatcher, which costs a microsecond.
+Tensor empty_image(int64_t n, int64_t channels, int64_t height, int64_t width) {
+  const int64_t sizes[] = {n, channels, height, width};
+  const int64_t strides[] = {channels * height * width, 1, channels * width, channels};
+  AtenTensorHandle image;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      4, sizes, strides, aoti_torch_dtype_bfloat16(), aoti_torch_device_type_cpu(), 0, &image));
+  return Tensor(image);
+}
+
+ConvShape shape_of(const Tensor& x, int64_t out_channels, const Pair& kernel_size,
+                   const Pair& stride, const Pair& padding) {
+  ConvShape shape{};
+  shape.in_channels = x.size(1);
+  shape.out_channels = out_channels;
+  require(out_channels > 0 && shape.in_channels > 0,
+          "x and the result must have channels, but they have ", shape.in_channels, " and ",
+          out_channels, ".");
+  set_pair("kernel_size", kernel_size, 1, shape.kernel);
+  set_pair("stride", stride, 1, shape.stride);
+  set_pair("padding", padding, 0, shape.padding);
+  for (int i = 0; i < 2; ++i) {
+    shape.size[i] = x.size(i + 2);
+    const int64_t room = shape.size[i] + 2 * shape.padding[i] - shape.kernel[i];
+    require(room >= 0, "x, ", shape_text(x), ", must be as large as the kernel, with its padding.");
+    shape.out_size[i] = room / shape.stride[i] + 1;
+  }
+  return shape;
+}
+
+void run(ConvArgs args) {
+  ConvShape& shape = args.shape;
+  const int64_t taps = shape.kernel[0] * shape.kernel[1];
+  if (taps * shape.stride[0] * shape.stride[1] == 1 && shape.padding[0] + shape.padding[1] == 0) {
+    // Pixels do not see each other: all are one row, with fewer tiles cut short.
+    shape.size[1] = shape.out_size[1] = args.samples * shape.size[0] * shape.size[1];
+    shape.size[0] = shape.out_size[0] = args.samples = 1;
+  }
+  const int64_t outputs = args.samples * shape.out_size[0] * shape.out_size[1] * shape.out_channels;
+  if (outputs == 0) return;
+  const ConvKernels& kernel = kernels();
+  const int64_t units = kernel.units(args), each = outputs * taps * shape.in_channels / units;
+  torch::stable::parallel_for(0, units, kGrainProducts / (each + 1) + 1,
+                              [&](int64_t begin, int64_t end) {
+                                // Kept: a large allocation's pages would cost more than a small
+                                // layer.
+                                static thread_local std::vector<uint64_t> memory;
+                                const size_t words = (kernel.memory_bytes(shape) + 7) / 8;
+                                if (memory.size() < words) memory.resize(words);
+                                kernel.conv2d(args, begin, end, memory.data());
+                              });
+}
+
+}  // namespace
+
+Tensor pack_conv2d(Tensor weight) {
+  const ConvKernels& kernel = kernels();
+  require_dtype("weight", weight, ScalarType::BFloat16);
+  require(weight.is_cpu() && weight.dim() == 4 && weight.numel() > 0,
+          "weight must be on the CPU, of the shape (O, I, kH, kW) and not empty, but it is ",
+          shape_text(weight), ".");
+  weight = torch::stable::contiguous(weight);
+  ConvShape shape{};
+  shape.out_channels = weight.size(0);
+  shape.in_channels = weight.size(1);
+  set_pair("the weight's kernel", {weight.size(2), weight.size(3)}, 1, shape.kernel);
+  const std::vector<int64_t> size{kernel.packed_elements(shape)};
+  Tensor packed = torch::stable::new_empty(weight, size);
+  kernel.pack(shape, weight.const_data_ptr(), packed.mutable_data_ptr());
+  return packed;
+}
+
+Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+              int64_t out_channels, Pair kernel_size, Pair stride, Pair padding) {
+  const ConvKernels& kernel = kernels();
+  require_image("x", x);
+  ConvArgs args{};
+  const ConvShape& shape = args.shape = shape_of(x, out_channels, kernel_size, stride, padding);
+  require_dtype("weight", weight, ScalarType::BFloat16);
+  require(
+      weight.is_cpu() && weight.is_contiguous() && weight.numel() == kernel.packed_elements(shape),
+      "weight must be what pack_conv2d makes of a weight (", out_channels, ", ", shape.in_channels,
+      ", ", shape.kernel[0], ", ", shape.kernel[1], ").");
+  args.samples = x.size(0);
+  Tensor out = empty_image(args.samples, out_channels, shape.out_size[0], shape.out_size[1]);
+  if (bias) {
+    require_dtype("bias", *bias, ScalarType::Float);
+    require(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == out_channels &&
+                bias->is_contiguous(),
+            "bias must have the shape (", out_channels, ",), but it is ", shape_text(*bias), ".");
+    args.bias = read<float>(*bias);
+  }
+  if (residual) {
+    require_image("residual", *residual);
+    require_same_shape("residual", *residual, "the result", out);
+    args.residual = residual->const_data_ptr();
+  }
+  args.x = x.const_data_ptr();
+  args.weight = weight.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  run(args);
+  return out;
+}
+
+}  // namespace ddpm_fast

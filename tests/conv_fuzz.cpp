@@ -1,0 +1,156 @@
+// Fuzzes the CPU kernel of convolutions over shapes and ranges, and holds it near sums in float64.
+// Built with kernels_fuzz.cpp, which says how.
+//   build-fuzz/conv_fuzz [cases] [seed]
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+
+#include "../csrc/cpu/conversions.h"
+#include "../csrc/kernels.h"
+
+namespace {
+
+using namespace ddpm_fast;
+
+std::mt19937_64 generator;
+
+int64_t below(int64_t n) { return static_cast<int64_t>(generator() % n); }
+float normal() { return std::normal_distribution<float>()(generator); }
+
+// Exactly as much memory as there are elements, for the address sanitizer; or with a margin that
+// must stay as it was, for what the sanitizer does not see (masked vectors).
+template <class T>
+struct Elements {
+  int64_t count, margin;
+  std::unique_ptr<T[]> memory;
+
+  explicit Elements(int64_t n) : count(n), margin(below(2) * 64), memory(new T[n + 2 * margin]) {
+    for (int64_t i = 0; i < count; ++i) from_float(normal(), data() + i);
+    for (int64_t i = 0; i < margin; ++i) memory[i] = memory[margin + count + i] = sentinel();
+  }
+  static T sentinel() {
+    T value;
+    from_float(12345.0f, &value);
+    return value;
+  }
+  T* data() const { return memory.get() + margin; }
+  bool is_intact() const {
+    const float wanted = to_float(sentinel());
+    for (int64_t i = 0; i < margin; ++i) {
+      if (to_float(memory[i]) != wanted || to_float(memory[margin + count + i]) != wanted) {
+        return false;
+      }
+    }
+    return true;
+  }
+};
+
+ConvShape random_shape() {
+  static const int64_t kChannels[] = {1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 40, 48, 65, 100, 130};
+  static const int64_t kSizes[] = {1, 2, 3, 4, 7, 9, 14, 25};
+  ConvShape shape{};
+  shape.in_channels = kChannels[below(15)];
+  shape.out_channels = kChannels[below(15)];
+  for (int i = 0; i < 2; ++i) {
+    shape.size[i] = kSizes[below(8)];
+    shape.kernel[i] = 1 + below(3);
+    shape.stride[i] = 1 + below(2);
+    shape.padding[i] = below(3) + (below(8) == 0 ? 3 : 0);
+    const int64_t missing = shape.kernel[i] - shape.size[i] - 2 * shape.padding[i];
+    if (missing > 0) shape.size[i] += missing;
+    shape.out_size[i] =
+        (shape.size[i] + 2 * shape.padding[i] - shape.kernel[i]) / shape.stride[i] + 1;
+  }
+  if (below(16) == 0) {  // more than a strip
+    shape.in_channels = 256;
+    shape.size[1] = 300;
+    shape.out_size[1] = (300 + 2 * shape.padding[1] - shape.kernel[1]) / shape.stride[1] + 1;
+  }
+  return shape;
+}
+
+struct Sum {
+  double value, size;  // of the absolute terms
+};
+
+Sum expected(const ConvArgs& args, const BFloat16* weight, int64_t n, int64_t y, int64_t x,
+             int64_t o) {
+  const ConvShape& shape = args.shape;
+  Sum sum{0.0, 0.0};
+  const auto add = [&](double term) {
+    sum.value += term;
+    sum.size += std::abs(term);
+  };
+  for (int64_t i = 0; i < shape.kernel[0]; ++i) {
+    for (int64_t j = 0; j < shape.kernel[1]; ++j) {
+      const int64_t row = y * shape.stride[0] + i - shape.padding[0];
+      const int64_t column = x * shape.stride[1] + j - shape.padding[1];
+      if (row < 0 || row >= shape.size[0] || column < 0 || column >= shape.size[1]) continue;
+      const BFloat16* from =
+          static_cast<const BFloat16*>(args.x) +
+          ((n * shape.size[0] + row) * shape.size[1] + column) * shape.in_channels;
+      for (int64_t c = 0; c < shape.in_channels; ++c) {
+        const int64_t at =
+            ((o * shape.in_channels + c) * shape.kernel[0] + i) * shape.kernel[1] + j;
+        add(static_cast<double>(to_float(from[c])) * to_float(weight[at]));
+      }
+    }
+  }
+  if (args.bias != nullptr) add(args.bias[o]);
+  return sum;
+}
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::printf("conv2d: %s\n", what);
+  std::exit(1);
+}
+
+void fuzz_case(const ConvKernels& kernels) {
+  ConvArgs args{};
+  ConvShape& shape = args.shape = random_shape();
+  args.samples = 1 + below(3);
+  const int64_t in = args.samples * shape.size[0] * shape.size[1] * shape.in_channels;
+  const int64_t outputs = args.samples * shape.out_size[0] * shape.out_size[1] * shape.out_channels;
+  const Elements<BFloat16> x(in), residual(outputs), out(outputs);
+  const Elements<BFloat16> weight(shape.out_channels * shape.in_channels * shape.kernel[0] *
+                                  shape.kernel[1]);
+  const Elements<BFloat16> packed(kernels.packed_elements(shape));
+  const Elements<float> bias(shape.out_channels);
+  kernels.pack(shape, weight.data(), packed.data());
+  args.out = out.data();
+  args.x = x.data();
+  args.weight = packed.data();
+  args.bias = below(2) ? bias.data() : nullptr;
+  args.residual = below(2) ? residual.data() : nullptr;
+  const Elements<BFloat16> memory(kernels.memory_bytes(shape) / 2);
+  const int64_t units = kernels.units(args), middle = below(units + 1);
+  kernels.conv2d(args, 0, middle, memory.data());
+  kernels.conv2d(args, middle, units, memory.data());
+  require(packed.is_intact() && out.is_intact() && memory.is_intact(), "a margin was written");
+  for (int check = 0; check < 200; ++check) {
+    const int64_t i = below(outputs), pixel = i / shape.out_channels,
+                  row = pixel / shape.out_size[1];
+    Sum sum = expected(args, weight.data(), row / shape.out_size[0], row % shape.out_size[0],
+                       pixel % shape.out_size[1], i % shape.out_channels);
+    if (args.residual != nullptr) sum.value += to_float(residual.data()[i]);
+    const double apart = std::abs(to_float(out.data()[i]) - sum.value);
+    require(apart <= std::abs(sum.value) * 0x1p-8 + (sum.size + 8.0) * 0x1p-14, "a wrong sum");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 1000;
+  generator.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
+  const ConvKernels* kernels = conv_kernels();
+  if (kernels == nullptr) {
+    std::printf("this CPU has none, so 0 cases agree\n");
+    return 0;
+  }
+  for (int i = 0; i < cases; ++i) fuzz_case(*kernels);
+  std::printf("%d cases agree\n", cases);
+}
