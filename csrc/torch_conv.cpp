@@ -46,7 +46,7 @@ Tensor empty_image(int64_t n, int64_t channels, int64_t height, int64_t width) {
   const int64_t sizes[] = {n, channels, height, width};
   const int64_t strides[] = {channels * height * width, 1, channels * width, channels};
   AtenTensorHandle image;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       4, sizes, strides, aoti_torch_dtype_bfloat16(), aoti_torch_device_type_cpu(), 0, &image));
   return Tensor(image);
 }
