@@ -232,18 +232,21 @@ def test_group_norm(benchmark, figures, shape, dtype):
     figures["group_norm"][f"{shape}, {kind}"] = alternate(benchmark, calls)
 
 
-@pytest.mark.skipif(not ops.is_conv2d_fastest(), reason="prepared networks use oneDNN here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "shape", [(1, 24, 28, 28), (1, 96, 7, 7), (16, 96, 7, 7), (1, 256, 16, 16), (16, 256, 16, 16)],
     ids=str,
 )  # fmt: skip
-def test_conv2d(benchmark, figures, monkeypatch, threads, shape):
+def test_conv2d(benchmark, figures, monkeypatch, threads, shape, dtype):
     """3x3 to as many channels, with bias and residual: a layer of a prepared network."""
+    if not ops.is_conv2d_fastest(dtype):
+        pytest.skip("prepared networks use oneDNN here")
     channels, size = shape[1], shape[2:]
     weight, bias = random(channels, channels, 3, 3), random(channels)
-    x, residual = (random(*shape).bfloat16().contiguous(memory_format=LAST) for _ in range(2))
-    own = Conv(weight, bias, torch.bfloat16, size, (1, 1))
-    monkeypatch.setattr(ops, "is_conv2d_fastest", lambda: False)
-    onednn = Conv(weight, bias, torch.bfloat16, size, (1, 1))
+    x, residual = (random(*shape).to(dtype).contiguous(memory_format=LAST) for _ in range(2))
+    own = Conv(weight, bias, dtype, size, (1, 1))
+    monkeypatch.setattr(ops, "is_conv2d_fastest", lambda dtype: False)
+    onednn = Conv(weight, bias, dtype, size, (1, 1))
     calls = {"cpu": lambda: own(x, residual), "oneDNN, packed": lambda: onednn(x, residual)}
-    figures["conv2d"][f"{shape}, threads: {threads}"] = alternate(benchmark, calls)
+    kind = str(dtype).removeprefix("torch.")
+    figures["conv2d"][f"{shape}, {kind}, threads: {threads}"] = alternate(benchmark, calls)

@@ -52,10 +52,11 @@ PYBIND11_MODULE(_C, m) {
       "The compiled levels that this CPU has, best last.");
   m.def(
       "conv_kernels",
-      []() -> std::optional<std::string> {
-        const ConvKernels* kernels = conv_kernels();
+      [](bool bfloat16) -> std::optional<std::string> {
+        const ConvKernels* kernels = conv_kernels(bfloat16 ? DType::kBFloat16 : DType::kFloat32);
         return kernels == nullptr ? std::nullopt : std::optional<std::string>(kernels->name);
       },
+      py::arg("bfloat16"),
       "The instruction set of `conv2d`, or None where this CPU, or the level in use, has none.");
   m.def("_set_cpu_level", &set_cpu_level, py::arg("name"),
         "Use this level from now on (for tests); RuntimeError if it is not available.");

@@ -11,11 +11,15 @@ using Pair = std::vector<int64_t>;
 constexpr int64_t kMostTaps = 1 << 10;       // along a side
 constexpr int64_t kGrainProducts = 500'000;  // that are worth a thread
 
-const ConvKernels& kernels() {
-  const ConvKernels* found = conv_kernels();
-  require(found != nullptr,
-          "conv2d needs a CPU with AVX512-BF16, and DDPM_FAST_CPU not below avx512; use "
-          "torch.nn.functional.conv2d.");
+// Of the tensors' dtype.
+const ConvKernels& kernels_for(const char* name, const Tensor& t) {
+  const bool is_bfloat16 = t.scalar_type() == ScalarType::BFloat16;
+  require(is_bfloat16 || t.scalar_type() == ScalarType::Float, name,
+          " must be float32 or bfloat16, but it is ", dtype_name(t.scalar_type()), ".");
+  require_aligned(name, t.const_data_ptr(), t.element_size());
+  const ConvKernels* found = conv_kernels(is_bfloat16 ? DType::kBFloat16 : DType::kFloat32);
+  require(found != nullptr, "conv2d needs a CPU with ", is_bfloat16 ? "AVX512-BF16" : "AVX-512",
+          ", and DDPM_FAST_CPU not below avx512; use torch.nn.functional.conv2d.");
   return *found;
 }
 
@@ -28,9 +32,9 @@ void set_pair(const char* name, const Pair& values, int64_t least, int64_t (&to)
   to[1] = values[1];
 }
 
-// A bfloat16 tensor (N, C, H, W) on the CPU, channels_last without gaps.
-void require_image(const char* name, const Tensor& t) {
-  require_dtype(name, t, ScalarType::BFloat16);
+// A tensor (N, C, H, W) on the CPU, channels_last without gaps.
+void require_image(const char* name, const Tensor& t, ScalarType dtype) {
+  require_dtype(name, t, dtype);
   require(t.is_cpu() && t.dim() == 4, name,
           " must be on the CPU, of the shape (N, C, H, W), but it is ", shape_text(t), ".");
   int64_t expected = 1;
@@ -42,12 +46,14 @@ void require_image(const char* name, const Tensor& t) {
 }
 
 // Without the dispatcher, which costs a microsecond.
-Tensor empty_image(int64_t n, int64_t channels, int64_t height, int64_t width) {
+Tensor empty_image(ScalarType dtype, int64_t n, int64_t channels, int64_t height, int64_t width) {
   const int64_t sizes[] = {n, channels, height, width};
   const int64_t strides[] = {channels * height * width, 1, channels * width, channels};
   AtenTensorHandle image;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      4, sizes, strides, aoti_torch_dtype_bfloat16(), aoti_torch_device_type_cpu(), 0, &image));
+      4, sizes, strides,
+      dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(),
+      aoti_torch_device_type_cpu(), 0, &image));
   return Tensor(image);
 }
 
@@ -71,7 +77,7 @@ ConvShape shape_of(const Tensor& x, int64_t out_channels, const Pair& kernel_siz
   return shape;
 }
 
-void run(ConvArgs args) {
+void run(const ConvKernels& kernel, ConvArgs args) {
   ConvShape& shape = args.shape;
   const int64_t taps = shape.kernel[0] * shape.kernel[1];
   if (taps * shape.stride[0] * shape.stride[1] == 1 && shape.padding[0] + shape.padding[1] == 0) {
@@ -81,7 +87,6 @@ void run(ConvArgs args) {
   }
   const int64_t outputs = args.samples * shape.out_size[0] * shape.out_size[1] * shape.out_channels;
   if (outputs == 0) return;
-  const ConvKernels& kernel = kernels();
   const int64_t units = kernel.units(args), each = outputs * taps * shape.in_channels / units;
   torch::stable::parallel_for(0, units, kGrainProducts / (each + 1) + 1,
                               [&](int64_t begin, int64_t end) {
@@ -97,8 +102,7 @@ void run(ConvArgs args) {
 }  // namespace
 
 Tensor pack_conv2d(Tensor weight) {
-  const ConvKernels& kernel = kernels();
-  require_dtype("weight", weight, ScalarType::BFloat16);
+  const ConvKernels& kernel = kernels_for("weight", weight);
   require(weight.is_cpu() && weight.dim() == 4 && weight.numel() > 0,
           "weight must be on the CPU, of the shape (O, I, kH, kW) and not empty, but it is ",
           shape_text(weight), ".");
@@ -115,17 +119,18 @@ Tensor pack_conv2d(Tensor weight) {
 
 Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
               int64_t out_channels, Pair kernel_size, Pair stride, Pair padding) {
-  const ConvKernels& kernel = kernels();
-  require_image("x", x);
+  const ConvKernels& kernel = kernels_for("x", x);
+  const ScalarType dtype = x.scalar_type();
+  require_image("x", x, dtype);
   ConvArgs args{};
   const ConvShape& shape = args.shape = shape_of(x, out_channels, kernel_size, stride, padding);
-  require_dtype("weight", weight, ScalarType::BFloat16);
+  require_dtype("weight", weight, dtype);
   require(
       weight.is_cpu() && weight.is_contiguous() && weight.numel() == kernel.packed_elements(shape),
       "weight must be what pack_conv2d makes of a weight (", out_channels, ", ", shape.in_channels,
       ", ", shape.kernel[0], ", ", shape.kernel[1], ").");
   args.samples = x.size(0);
-  Tensor out = empty_image(args.samples, out_channels, shape.out_size[0], shape.out_size[1]);
+  Tensor out = empty_image(dtype, args.samples, out_channels, shape.out_size[0], shape.out_size[1]);
   if (bias) {
     require_dtype("bias", *bias, ScalarType::Float);
     require(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == out_channels &&
@@ -134,14 +139,14 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
     args.bias = read<float>(*bias);
   }
   if (residual) {
-    require_image("residual", *residual);
+    require_image("residual", *residual, dtype);
     require_same_shape("residual", *residual, "the result", out);
     args.residual = residual->const_data_ptr();
   }
   args.x = x.const_data_ptr();
   args.weight = weight.const_data_ptr();
   args.out = out.mutable_data_ptr();
-  run(args);
+  run(kernel, args);
   return out;
 }
 

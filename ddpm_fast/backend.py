@@ -42,9 +42,11 @@ def is_available() -> bool:
     return extension is not None
 
 
-def conv_kernels() -> str | None:
+def conv_kernels(dtype: torch.dtype) -> str | None:
     """The instruction set of `ops.conv2d` on this CPU, at the level in use; None if it has none."""
-    return None if extension is None else extension.conv_kernels()
+    if extension is None or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    return extension.conv_kernels(dtype == torch.bfloat16)
 
 
 def is_overridden() -> bool:

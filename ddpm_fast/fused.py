@@ -34,8 +34,7 @@ def as_image(weight: Tensor) -> Tensor:
 class Conv(nn.Module):
     """A convolution whose weight lies as the kernel wants it, so that no call reorders it.
 
-    The kernel is `ops.conv2d` in bfloat16, where it is faster than oneDNN: not where the CPU has
-    AMX.
+    The kernel is `ops.conv2d` where that is faster than oneDNN.
 
     weight (O, I, kH, kW) and bias (O) float32, padding on both sides; size: (H, W) of the usual
     input, which decides the order of the weight, but not what may be given.
@@ -52,7 +51,7 @@ class Conv(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = tuple(weight.shape)
-        self.is_own = dtype == torch.bfloat16 and ops.is_conv2d_fastest()
+        self.is_own = ops.is_conv2d_fastest(dtype)
         self.is_fused = self.is_own or is_packable(dtype)
         self.place = (list(padding), list(stride), [1, 1], 1)
         self.own_place = (self.shape[0], list(self.shape[2:]), list(stride), list(padding))

@@ -23,6 +23,7 @@ from .workers import workers
 # second-level cache each. Where a batch is small, cores wait for each other longer than they work;
 # where a group is large, what one layer writes leaves the cache before the next reads it.
 LARGEST_OF_ONE_CORE, LARGEST_GROUP = 2**17, 2**22
+SMALLEST_GROUP = 2**18  # with our own convolutions, in which cores wait less
 FEWEST_IN_A_GROUP = 2
 MOST_WORKERS = 8  # beyond, they would wait for Python's lock
 
@@ -102,12 +103,15 @@ class FusedUNet(nn.Module):
         bytes_each = self.config.base_channels * height * width * self.dtype.itemsize
         if threads == 1:
             return 0
-        if batch_size * bytes_each <= LARGEST_OF_ONE_CORE:
+        is_own = self.conv_in.is_own
+        if not is_own and batch_size * bytes_each <= LARGEST_OF_ONE_CORE:
             return batch_size
         if threads > MOST_WORKERS:
             return 0
         for groups in range(threads, batch_size // FEWEST_IN_A_GROUP + 1, threads):
             size = batch_size // groups
+            if is_own and size * bytes_each < SMALLEST_GROUP:
+                break
             small = size == FEWEST_IN_A_GROUP or size * bytes_each <= LARGEST_GROUP
             if batch_size % groups == 0 and small:
                 return size

@@ -13,7 +13,7 @@ import torch
 
 from . import backend, graphs, noise, ops
 from .checkpoint import SHIPPED, load_model
-from .device import resolve_dtype
+from .device import DTYPES, resolve_dtype
 from .executor import WHOLE
 from .inference import FusedUNet, unfused
 from .sampler import STEPS_PER_GRAPH
@@ -48,11 +48,11 @@ def _cpu_levels() -> str:
     return f"{', '.join(backend.extension.cpu_levels_available())}; in use: {used}"
 
 
-def _convolutions() -> str:
-    """Whose convolutions a prepared network has on this CPU, in bfloat16."""
-    if ops.is_conv2d_fastest():
-        return f"own ({backend.conv_kernels()})"
-    return "oneDNN's: the CPU has AMX, or no AVX512-BF16"
+def _convolutions(dtype: torch.dtype) -> str:
+    """Whose convolutions a prepared network has on this CPU."""
+    if ops.is_conv2d_fastest(dtype):
+        return f"own ({backend.conv_kernels(dtype)})"
+    return "oneDNN's"
 
 
 def _networks() -> list[tuple[str, str]]:
@@ -100,7 +100,8 @@ def report() -> list[tuple[str, str]]:
     lines.append(("Triton kernels", _triton_kernels()))
     lines.append(("captured loop", _captured_loop()))
     lines.append(("backend on cpu", _choice("cpu")))
-    lines.append(("bfloat16 convolutions", _convolutions()))
+    for name in ("float32", "bfloat16"):
+        lines.append((f"{name} convolutions", _convolutions(DTYPES[name])))
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             lines.append((f"backend on cuda:{i}", _choice(f"cuda:{i}")))

@@ -206,13 +206,15 @@ def group_norm(
     return out
 
 
-def is_conv2d_fastest() -> bool:
-    """Whether this CPU has `conv2d`, and no AMX, with which oneDNN's convolutions are faster."""
-    return conv_kernels() is not None and not torch.cpu._is_amx_tile_supported()
+def is_conv2d_fastest(dtype: torch.dtype) -> bool:
+    """Whether this CPU has `conv2d`; and no AMX, with which oneDNN is faster in bfloat16."""
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return False
+    return conv_kernels(dtype) is not None
 
 
 def pack_conv2d(weight: Tensor) -> Tensor:
-    """A convolution's weight (O, I, kH, kW), bfloat16, as `conv2d` reads it: one dimension.
+    """A convolution's weight (O, I, kH, kW), float32 or bfloat16, as `conv2d` reads it: flat.
 
     Raises RuntimeError where it is not so, and as `conv2d`.
     """
@@ -231,10 +233,11 @@ def conv2d(
 ) -> Tensor:
     """A convolution, as torch's, plus residual: summed in float32, rounded once.
 
-    x: (N, C, H, W), bfloat16, channels_last. weight: from `pack_conv2d`. bias: float32 (O,).
-    residual: like the result, (N, O, H', W') in bfloat16, channels_last. kernel_size, stride,
-    padding: of (height, width). A sample's bits depend on the sample alone. No gradients. Raises
-    RuntimeError where an argument is not so, and on a CPU without AVX-512 for bfloat16.
+    x: (N, C, H, W), float32 or bfloat16, channels_last. weight: from `pack_conv2d`, in x's dtype.
+    bias: float32 (O,). residual: like the result, (N, O, H', W') in x's dtype, channels_last.
+    kernel_size, stride, padding: of (height, width). A sample's bits depend on the sample alone. No
+    gradients. Raises RuntimeError where an argument is not so, and on a CPU without AVX-512, or
+    without AVX512-BF16 for bfloat16.
     """
     return torch.ops.ddpm_fast.conv2d.default(
         x, weight, bias, residual, out_channels, kernel_size, stride, padding

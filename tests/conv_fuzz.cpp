@@ -75,8 +75,8 @@ struct Sum {
   double value, size;  // of the absolute terms
 };
 
-Sum expected(const ConvArgs& args, const BFloat16* weight, int64_t n, int64_t y, int64_t x,
-             int64_t o) {
+template <class T>
+Sum expected(const ConvArgs& args, const T* weight, int64_t n, int64_t y, int64_t x, int64_t o) {
   const ConvShape& shape = args.shape;
   Sum sum{0.0, 0.0};
   const auto add = [&](double term) {
@@ -88,9 +88,8 @@ Sum expected(const ConvArgs& args, const BFloat16* weight, int64_t n, int64_t y,
       const int64_t row = y * shape.stride[0] + i - shape.padding[0];
       const int64_t column = x * shape.stride[1] + j - shape.padding[1];
       if (row < 0 || row >= shape.size[0] || column < 0 || column >= shape.size[1]) continue;
-      const BFloat16* from =
-          static_cast<const BFloat16*>(args.x) +
-          ((n * shape.size[0] + row) * shape.size[1] + column) * shape.in_channels;
+      const T* from = static_cast<const T*>(args.x) +
+                      ((n * shape.size[0] + row) * shape.size[1] + column) * shape.in_channels;
       for (int64_t c = 0; c < shape.in_channels; ++c) {
         const int64_t at =
             ((o * shape.in_channels + c) * shape.kernel[0] + i) * shape.kernel[1] + j;
@@ -108,16 +107,18 @@ void require(bool condition, const char* what) {
   std::exit(1);
 }
 
-void fuzz_case(const ConvKernels& kernels) {
+// rounding: to a T.
+template <class T>
+void fuzz_case(const ConvKernels& kernels, double rounding) {
   ConvArgs args{};
   ConvShape& shape = args.shape = random_shape();
   args.samples = 1 + below(3);
   const int64_t in = args.samples * shape.size[0] * shape.size[1] * shape.in_channels;
   const int64_t outputs = args.samples * shape.out_size[0] * shape.out_size[1] * shape.out_channels;
-  const Elements<BFloat16> x(in), residual(outputs), out(outputs);
-  const Elements<BFloat16> weight(shape.out_channels * shape.in_channels * shape.kernel[0] *
-                                  shape.kernel[1]);
-  const Elements<BFloat16> packed(kernels.packed_elements(shape));
+  const Elements<T> x(in), residual(outputs), out(outputs);
+  const Elements<T> weight(shape.out_channels * shape.in_channels * shape.kernel[0] *
+                           shape.kernel[1]);
+  const Elements<T> packed(kernels.packed_elements(shape));
   const Elements<float> bias(shape.out_channels);
   kernels.pack(shape, weight.data(), packed.data());
   args.out = out.data();
@@ -125,7 +126,7 @@ void fuzz_case(const ConvKernels& kernels) {
   args.weight = packed.data();
   args.bias = below(2) ? bias.data() : nullptr;
   args.residual = below(2) ? residual.data() : nullptr;
-  const Elements<BFloat16> memory(kernels.memory_bytes(shape) / 2);
+  const Elements<T> memory(kernels.memory_bytes(shape) / sizeof(T));
   const int64_t units = kernels.units(args), middle = below(units + 1);
   kernels.conv2d(args, 0, middle, memory.data());
   kernels.conv2d(args, middle, units, memory.data());
@@ -137,7 +138,7 @@ void fuzz_case(const ConvKernels& kernels) {
                        pixel % shape.out_size[1], i % shape.out_channels);
     if (args.residual != nullptr) sum.value += to_float(residual.data()[i]);
     const double apart = std::abs(to_float(out.data()[i]) - sum.value);
-    require(apart <= std::abs(sum.value) * 0x1p-8 + (sum.size + 8.0) * 0x1p-14, "a wrong sum");
+    require(apart <= std::abs(sum.value) * rounding + (sum.size + 8.0) * 0x1p-14, "a wrong sum");
   }
 }
 
@@ -146,11 +147,15 @@ void fuzz_case(const ConvKernels& kernels) {
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 1000;
   generator.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
-  const ConvKernels* kernels = conv_kernels();
-  if (kernels == nullptr) {
-    std::printf("this CPU has none, so 0 cases agree\n");
-    return 0;
+  const char* names[3];
+  const int count = cpu_levels(names, true);
+  for (int level = 0; level < count; ++level) {
+    set_cpu_level(names[level]);
+    const ConvKernels *f32 = conv_kernels(DType::kFloat32), *bf16 = conv_kernels(DType::kBFloat16);
+    for (int i = 0; i < cases; ++i) {
+      if (f32 != nullptr) fuzz_case<float>(*f32, 0x1p-24);
+      if (bf16 != nullptr) fuzz_case<BFloat16>(*bf16, 0x1p-8);
+    }
+    std::printf("%s: %d cases of each dtype that has kernels agree\n", names[level], cases);
   }
-  for (int i = 0; i < cases; ++i) fuzz_case(*kernels);
-  std::printf("%d cases agree\n", cases);
 }

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ddpm_fast import backend, fused, info, ops
 
-LAST, BF16 = torch.channels_last, torch.bfloat16
+LAST, BF16, F32 = torch.channels_last, torch.bfloat16, torch.float32
 # (C_in, C_out, kernel, stride, padding, size): channels of every width of a block, also odd ones;
 # images of fewer pixels than a tile has; a padding that hides whole rows of the kernel.
 LAYERS = [
@@ -32,25 +32,36 @@ LAYERS = [
 ]
 
 
+KERNELS = {"avx512_bf16": BF16, "avx512": F32}
+
+
+@pytest.fixture(params=KERNELS)
+def dtype(request, extension):
+    """The dtype of the kernels of one instruction set."""
+    dtype = KERNELS[request.param]
+    if backend.conv_kernels(dtype) != request.param:
+        pytest.skip(f"this CPU has no {request.param}")
+    return dtype
+
+
 @pytest.fixture
-def kernels(extension):
-    if extension.conv_kernels() is None:
+def bfloat16(extension):
+    if backend.conv_kernels(BF16) is None:
         pytest.skip("this CPU has no AVX-512 for bfloat16")
-    return extension
 
 
-def case(layer, n, seed=0):
-    """(x, weight, bias, residual) and the settings of F.conv2d."""
+def case(layer, n, dtype, seed=0):
+    """(x, weight, bias, residual)."""
     c_in, c_out, kernel, stride, padding, size = layer
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator)
 
-    x = (draw(n, c_in, *size) + 0.5).to(BF16).contiguous(memory_format=LAST)
-    weight = (draw(c_out, c_in, *kernel) / (c_in * kernel[0] * kernel[1]) ** 0.5).to(BF16)
+    x = (draw(n, c_in, *size) + 0.5).to(dtype).contiguous(memory_format=LAST)
+    weight = (draw(c_out, c_in, *kernel) / (c_in * kernel[0] * kernel[1]) ** 0.5).to(dtype)
     out = [(size[i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1)]
-    residual = draw(n, c_out, *out).to(BF16).contiguous(memory_format=LAST)
+    residual = draw(n, c_out, *out).to(dtype).contiguous(memory_format=LAST)
     return x, weight, draw(c_out), residual
 
 
@@ -59,12 +70,13 @@ def convolution(layer, x, weight, bias=None, residual=None):
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_it_is_the_convolution(kernels, layer):
-    """Within what one rounding to bfloat16, and one to float32 a product, can do."""
+def test_it_is_the_convolution(dtype, layer):
+    """Within what one rounding to its dtype, and one to float32 a product, can do."""
+    rounding = 2**-8 if dtype == BF16 else 2**-24
     *_, stride, padding, _ = layer
     products = layer[0] * layer[2][0] * layer[2][1]
     for n in (1, 3):
-        x, weight, bias, residual = case(layer, n)
+        x, weight, bias, residual = case(layer, n, dtype)
         for b, r in ((None, None), (bias, None), (None, residual), (bias, residual)):
             got = convolution(layer, x, weight, b, r)
             exact = [None if t is None else t.double() for t in (x, weight, b)]
@@ -72,15 +84,15 @@ def test_it_is_the_convolution(kernels, layer):
             size = F.conv2d(*(t if t is None else t.abs() for t in exact), stride, padding)
             if r is not None:
                 want, size = want + r.double(), size + r.double().abs()
-            assert got.dtype == BF16 and got.is_contiguous(memory_format=LAST)
+            assert got.dtype == dtype and got.is_contiguous(memory_format=LAST)
             assert got.shape == want.shape
             apart = (got.double() - want).abs()
-            assert (apart <= 2**-8 * want.abs() + (products + 2) * 2**-24 * size).all()
+            assert (apart <= rounding * want.abs() + (products + 2) * 2**-24 * size).all()
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_neither_batch_nor_place_nor_threads_change_a_bit(kernels, layer):
-    x, weight, bias, residual = case(layer, 7)
+def test_neither_batch_nor_place_nor_threads_change_a_bit(dtype, layer):
+    x, weight, bias, residual = case(layer, 7, dtype)
     torch.set_num_threads(1)
     want = convolution(layer, x, weight, bias, residual)
     for threads in (1, 2, 3):
@@ -91,15 +103,15 @@ def test_neither_batch_nor_place_nor_threads_change_a_bit(kernels, layer):
             assert torch.equal(got, want[part])
 
 
-def test_no_samples(kernels):
+def test_no_samples(dtype):
     layer = LAYERS[0]
-    x, weight, bias, _ = case(layer, 0)
+    x, weight, bias, _ = case(layer, 0, dtype)
     assert convolution(layer, x, weight, bias).shape == (0, 24, 28, 28)
 
 
-def test_what_is_not_finite_stays_so(kernels):
+def test_what_is_not_finite_stays_so(dtype):
     layer = (16, 24, (3, 3), (1, 1), (1, 1), (8, 8))
-    x, weight, bias, _ = case(layer, 2)
+    x, weight, bias, _ = case(layer, 2, dtype)
     clean = convolution(layer, x, weight, bias)
     x[1, 3, 4, 5] = float("nan")
     got = convolution(layer, x, weight, bias)
@@ -107,9 +119,9 @@ def test_what_is_not_finite_stays_so(kernels):
     assert torch.equal(got[0], clean[0])
 
 
-def test_opcheck(kernels):
+def test_opcheck(dtype):
     layer = (4, 6, (3, 3), (2, 1), (1, 0), (7, 8))
-    x, weight, bias, residual = case(layer, 2)
+    x, weight, bias, residual = case(layer, 2, dtype)
     packed, settings = (
         ops.pack_conv2d(weight),
         [v if i == 0 else list(v) for i, v in enumerate(layer[1:5])],
@@ -123,7 +135,7 @@ def test_opcheck(kernels):
     "change,message",
     [
         ({"x": torch.zeros(2, 4, 3, 5, dtype=BF16)}, "x must be channels_last without gaps"),
-        ({"x": torch.zeros(2, 4, 3, 5)}, "x must be bfloat16, but it is float32"),
+        ({"x": torch.zeros(2, 4, 3, 5).half()}, "x must be float32 or bfloat16, but it is float16"),
         ({"x": torch.zeros(2, 4, 5, dtype=BF16)}, r"the shape \(N, C, H, W\), but it is \(2, 4, 5"),
         ({"x": torch.zeros(2, 0, 3, 5, dtype=BF16)}, "must have channels, but they have 0 and 6"),
         ({"x": torch.zeros(2, 6, 3, 5, dtype=BF16).contiguous(memory_format=LAST)},
@@ -140,7 +152,7 @@ def test_opcheck(kernels):
          r"residual must have the shape of the result, \(2, 6, 3, 5\)"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(kernels, change, message):
+def test_what_does_not_fit_is_refused(bfloat16, change, message):
     arguments = {
         "x": torch.zeros(2, 4, 3, 5, dtype=BF16).contiguous(memory_format=LAST),
         "weight": ops.pack_conv2d(torch.zeros(6, 4, 3, 3, dtype=BF16)),
@@ -155,33 +167,36 @@ def test_what_does_not_fit_is_refused(kernels, change, message):
         ops.conv2d(**arguments)
 
 
-@pytest.mark.parametrize("weight", [torch.zeros(2, 3, 1, 1), torch.zeros(2, 0, 1, 1, dtype=BF16)])
-def test_weights_that_cannot_be_packed_are_refused(kernels, weight):
-    with pytest.raises(RuntimeError, match=r"must be bfloat16|not empty, but it is"):
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(2, 3, 1, 1).half(), torch.zeros(2, 0, 1, 1, dtype=BF16)]
+)
+def test_weights_that_cannot_be_packed_are_refused(bfloat16, weight):
+    with pytest.raises(RuntimeError, match=r"must be float32 or bfloat16|not empty, but it is"):
         ops.pack_conv2d(weight)
 
 
 def test_a_lower_level_has_none(extension):
     extension._set_cpu_level("baseline")
-    assert extension.conv_kernels() is None and not ops.is_conv2d_fastest()
-    with pytest.raises(RuntimeError, match="conv2d needs a CPU with AVX512-BF16"):
-        ops.pack_conv2d(torch.zeros(2, 2, 1, 1, dtype=BF16))
+    for dtype, wanted in ((F32, "AVX-512"), (BF16, "AVX512-BF16")):
+        assert backend.conv_kernels(dtype) is None and not ops.is_conv2d_fastest(dtype)
+        with pytest.raises(RuntimeError, match=f"conv2d needs a CPU with {wanted}"):
+            ops.pack_conv2d(torch.zeros(2, 2, 1, 1, dtype=dtype))
 
 
 def layer_of(layer, dtype):
     *_, stride, padding, size = layer
-    weight, bias = case(layer, 1)[1:3]
-    return fused.Conv(weight.float(), bias, dtype, size, padding, stride)
+    weight, bias = case(layer, 1, F32)[1:3]
+    return fused.Conv(weight, bias, dtype, size, padding, stride)
 
 
 @pytest.mark.parametrize("has_amx", [False, True])
-def test_a_network_uses_it_where_the_cpu_has_no_amx(kernels, monkeypatch, has_amx):
+def test_a_network_uses_it_where_the_cpu_has_no_amx(bfloat16, monkeypatch, has_amx):
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has_amx)
     layer = (24, 24, (3, 3), (1, 1), (1, 1), (9, 9))
-    x, _, _, residual = case(layer, 2)
+    x, _, _, residual = case(layer, 2, BF16)
     conv = layer_of(layer, BF16)
     assert conv.is_own != has_amx and conv.is_fused and conv.shape == (24, 24, 3, 3)
-    assert not layer_of(layer, torch.float32).is_own
+    assert layer_of(layer, F32).is_own
     for to in (None, residual):
         monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: not has_amx)
         torch.testing.assert_close(
@@ -191,10 +206,13 @@ def test_a_network_uses_it_where_the_cpu_has_no_amx(kernels, monkeypatch, has_am
 
 def test_without_the_extension_there_is_none(monkeypatch):
     monkeypatch.setattr(backend, "extension", None)
-    assert not ops.is_conv2d_fastest()
-    assert not layer_of(LAYERS[0], BF16).is_own
+    for dtype in (F32, BF16):
+        assert not ops.is_conv2d_fastest(dtype) and not layer_of(LAYERS[0], dtype).is_own
 
 
 def test_the_choice_is_named():
-    line = dict(info.report())["bfloat16 convolutions"]
-    assert line.startswith("own (avx512_bf16)" if ops.is_conv2d_fastest() else "oneDNN's")
+    lines = dict(info.report())
+    for name, dtype in (("float32", F32), ("bfloat16", BF16)):
+        own = f"own ({backend.conv_kernels(dtype)})"
+        wanted = own if ops.is_conv2d_fastest(dtype) else "oneDNN's"
+        assert lines[f"{name} convolutions"] == wanted

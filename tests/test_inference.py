@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from ddpm_fast import backend, time_table
+from ddpm_fast import backend, ops, time_table
 from ddpm_fast.checkpoint import load_model
 from ddpm_fast.fused_blocks import FusedAttention
 from ddpm_fast.inference import FusedUNet, prepare, unfused
@@ -178,11 +178,12 @@ def test_the_table_forgets_the_oldest(tiny_config, monkeypatch):
     assert 0 < sum(v.numel() for v in kept) < 2500
 
 
-@pytest.fixture(params=["groups", "one core"])
+@pytest.fixture(params=["groups", "whole"])
 def two_threads(request, extension, monkeypatch):
-    """Two, and what they do with the tiny batches of a test: one takes all, or each a group."""
+    """Two, and what they do with the tiny batches of a test: each takes a group, or not."""
     if request.param == "groups":
-        monkeypatch.setattr("ddpm_fast.inference.LARGEST_OF_ONE_CORE", 0)
+        for limit in ("LARGEST_OF_ONE_CORE", "SMALLEST_GROUP"):
+            monkeypatch.setattr(f"ddpm_fast.inference.{limit}", 0)
     torch.set_num_threads(2)
     return request.param
 
@@ -203,7 +204,9 @@ def test_a_batch_in_groups_is_the_batch(dtype, n, two_threads, tiny_config):
     assert torch.get_num_threads() == 2
 
 
-def test_how_batches_are_shared_out(extension, tiny_config):
+def test_how_batches_are_shared_out(extension, tiny_config, monkeypatch):
+    """By oneDNN's convolutions, and by our own."""
+    monkeypatch.setattr("ddpm_fast.ops.is_conv2d_fastest", lambda dtype: False)
     small, large = prepare(UNet(tiny_config()), CPU, BF16), prepare(UNet(CIFAR10), CPU, BF16)
     torch.set_num_threads(2)
     assert [small._group_size(n) for n in (1, 7, 128, 129, 1000)] == [1, 7, 128, 0, 500]
@@ -212,6 +215,13 @@ def test_how_batches_are_shared_out(extension, tiny_config):
     assert [small._group_size(7), large._group_size(90)] == [7, 0]
     torch.set_num_threads(1)
     assert [small._group_size(7), large._group_size(64)] == [0, 0]
+    monkeypatch.undo()
+    if not ops.is_conv2d_fastest(BF16):
+        pytest.skip("this CPU has no AVX-512 for bfloat16, or has AMX")
+    small, large = prepare(UNet(tiny_config()), CPU, BF16), prepare(UNet(CIFAR10), CPU, BF16)
+    torch.set_num_threads(2)
+    assert [small._group_size(n) for n in (1, 256, 512, 1024)] == [0, 0, 256, 512]
+    assert [large._group_size(n) for n in (1, 2, 3, 4, 16, 64, 100)] == [0, 0, 0, 2, 8, 16, 10]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -329,6 +339,7 @@ def test_without_the_extension_it_is_plain_torch():
 
 
 def test_without_onednn_the_convolutions_are_torchs(tiny_config, monkeypatch):
+    monkeypatch.setattr("ddpm_fast.ops.is_conv2d_fastest", lambda dtype: False)
     monkeypatch.setattr("ddpm_fast.fused.is_packable", lambda dtype: False)
     unet = randomized(tiny_config(resblock_updown=True))
     network = prepare(unet, CPU, F32)

@@ -12,7 +12,7 @@ struct Avx512Bf16 {
   using Half = __m256;
   using Weights = __m512bh;
   using HalfWeights = __m256bh;
-  static constexpr int kLanes = 16, kDepth = 2;
+  static constexpr int kLanes = 16, kDepth = 2, kSums = 24, kMostVectors = 4;
 
   static F zero() { return _mm512_setzero_ps(); }
   static Half half_zero() { return _mm256_setzero_ps(); }

@@ -1,5 +1,6 @@
 // How a convolution's weights and input lie in memory: blocks of channels, and strips of rows.
-// D is the products of an instruction set, see conv_loop.h.
+// D is the products of an instruction set, see conv_loop.h; a block is at most D::kMostVectors
+// wide.
 #pragma once
 
 #include "../kernels.h"
@@ -8,7 +9,6 @@
 namespace ddpm_fast {
 namespace {
 
-constexpr int64_t kMostVectors = 4;  // in a block
 // Bytes of a strip of the input, which stay in the second-level cache beside a block's weights.
 constexpr int64_t kStripBytes = int64_t{1} << 18;
 
@@ -17,15 +17,15 @@ int64_t padded_depth(int64_t channels) {
   return (channels + D::kDepth - 1) / D::kDepth * D::kDepth;
 }
 
-// Output channels whose sums are made together, kMostVectors vectors or fewer. All blocks are as
-// wide as the first, but for the last one.
+// Output channels whose sums are made together. All blocks are as wide as the first, but for the
+// last one.
 template <class D>
 struct ConvBlocks {
   int64_t channels, width, count;
 
   explicit ConvBlocks(int64_t out_channels) : channels(out_channels) {
     const int64_t vectors = (channels + D::kLanes - 1) / D::kLanes;
-    count = (vectors + kMostVectors - 1) / kMostVectors;
+    count = (vectors + D::kMostVectors - 1) / D::kMostVectors;
     width = (vectors + count - 1) / (count > 0 ? count : 1) * D::kLanes;
     count = (channels + width - 1) / width;
   }

@@ -1,9 +1,10 @@
 // Convolution of channels_last tensors, written once over D, the products of an instruction set.
 //
-// D::F holds kLanes float32 sums, one for each of as many output channels; D::dot adds to each the
-// products of its weights with kDepth neighbouring input channels, which all of them share. Half is
-// half of it. An output is the sum over the kernel's rows, in a row over its columns, in a column
-// over the input channels, kDepth by kDepth: the shape of the layer alone decides its bits.
+// D::F holds kLanes float32 sums, one for each of as many output channels, and kSums of these fit
+// in the registers beside the weights and the input; D::dot adds to each the products of its
+// weights with kDepth neighbouring input channels, which all of them share. Half is half of it. An
+// output is the sum over the kernel's rows, in a row over its columns, in a column over the input
+// channels, kDepth by kDepth: the shape of the layer alone decides its bits.
 #pragma once
 
 #include "../numerics.h"
@@ -12,8 +13,7 @@
 namespace ddpm_fast {
 namespace {
 
-// Sums that fit in the registers beside the weights and the input, of so many pixels at most.
-constexpr int kSums = 24, kMostPixels = 12;
+constexpr int kMostPixels = 12;  // of a tile
 // Pixels below which a tile waits for its own sums.
 constexpr int64_t kFewest = 4;
 
@@ -102,7 +102,7 @@ struct ConvRun {
   using T = typename D::Element;
   static constexpr int kSumsEach = kHalves / 2 + kHalves % 2;
   static constexpr int64_t kMost =
-      kSums / kSumsEach < kMostPixels ? kSums / kSumsEach : kMostPixels;
+      D::kSums / kSumsEach < kMostPixels ? D::kSums / kSumsEach : kMostPixels;
   const ConvArgs& args;
   int64_t sample, channel;
   ConvStrips<D> strips;
@@ -210,13 +210,21 @@ void run_block(const ConvArgs& args, int64_t sample, int64_t channel, int64_t be
   run.run(begin, end, static_cast<typename D::Element*>(memory));
 }
 
+using Run = void (*)(const ConvArgs&, int64_t sample, int64_t channel, int64_t begin, int64_t end,
+                     void* memory);
+
+template <class D, int kHalves>
+constexpr Run run_of() {
+  if constexpr (kHalves <= 2 * D::kMostVectors) return run_block<D, kHalves>;
+  return nullptr;  // no block is so wide
+}
+
 // The range is in pixels of the output: of all samples of a block, then of the next block.
 template <class D>
 void conv2d(const ConvArgs& args, int64_t begin, int64_t end, void* memory) {
   // By a block's half vectors.
-  constexpr decltype(&run_block<D, 1>) kRuns[] = {
-      nullptr, run_block<D, 1>, run_block<D, 2>, run_block<D, 3>, run_block<D, 4>,
-      nullptr, run_block<D, 6>, nullptr,         run_block<D, 8>};
+  constexpr Run kRuns[] = {nullptr, run_of<D, 1>(), run_of<D, 2>(), run_of<D, 3>(), run_of<D, 4>(),
+                           nullptr, run_of<D, 6>(), nullptr,        run_of<D, 8>()};
   const ConvBlocks<D> blocks(args.shape.out_channels);
   const int64_t pixels = args.shape.out_size[0] * args.shape.out_size[1];
   while (begin < end) {

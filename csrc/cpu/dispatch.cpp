@@ -69,12 +69,12 @@ const CpuKernels& cpu_kernels() {
   return *kernels;
 }
 
-const ConvKernels* conv_kernels() {
+const ConvKernels* conv_kernels([[maybe_unused]] DType dtype) {
 #ifdef DDPM_FAST_X86
+  if (&cpu_kernels() != &kAvx512Kernels) return nullptr;
   __builtin_cpu_init();
-  if (&cpu_kernels() == &kAvx512Kernels && __builtin_cpu_supports("avx512bf16")) {
-    return &kAvx512Bf16Conv;
-  }
+  if (dtype == DType::kFloat32) return &kAvx512Conv;
+  if (dtype == DType::kBFloat16 && __builtin_cpu_supports("avx512bf16")) return &kAvx512Bf16Conv;
 #endif
   return nullptr;
 }
