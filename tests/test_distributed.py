@@ -118,7 +118,7 @@ def test_a_failure_is_told_to_the_leader_who_would_wait_for_ever(worlds, early):
         time.sleep(0.01)
     assert not failing.is_alive() and not leader.others_left()
     good.leave()
-    with pytest.raises(OthersGoneError, match="^1 of 3 processes failed$"):
+    with pytest.raises(OthersGoneError, match=r"^1 of 3 processes failed$"):
         leader.others_left()
 
 
