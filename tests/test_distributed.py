@@ -198,9 +198,7 @@ def start(
     )
 
 
-def start_ranks(
-    size: int, arguments: list[object], *own: list[object]
-) -> list[subprocess.Popen]:
+def start_ranks(size: int, arguments: list[object], *own: list[object]) -> list[subprocess.Popen]:
     """The processes as a cluster's scheduler would start them; rank 0 has the store.
 
     own: what each is told alone, if anything.
