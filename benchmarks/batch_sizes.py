@@ -1,4 +1,4 @@
-"""Sample 42 of the shipped model: is it one picture at any --start and any batch size?
+"""Samples 40 to 47 of the shipped model: the same pictures at any --start and batch size?
 
     python benchmarks/batch_sizes.py [--steps 100]
 
@@ -19,7 +19,7 @@ from ddpm_fast.device import resolve_device, resolve_dtype
 from ddpm_fast.images import to_uint8
 from ddpm_fast.sampler import Sampler
 
-SAMPLE, BATCH_SIZES = 42, (1, 16, 64)
+FIRST, COUNT, BATCH_SIZES = 40, 8, (1, 7, 16, 64)
 
 
 def main() -> None:
@@ -32,16 +32,17 @@ def main() -> None:
         dtype = resolve_dtype(name, device)
         sampler = Sampler.from_model(load_model("mnist", device), steps=args.steps, dtype=dtype)
 
-        def picture(start: int, batch_size: int, sampler: Sampler = sampler) -> np.ndarray:
-            count = SAMPLE + 1 - start
-            return to_uint8(sampler.sample(count, start=start, batch_size=batch_size))[-1].astype(
-                int
-            )
+        def pictures(start: int, batch_size: int, sampler: Sampler = sampler) -> np.ndarray:
+            x = sampler.sample(FIRST + COUNT - start, start=start, batch_size=batch_size)
+            return to_uint8(x[-COUNT:]).astype(int)
 
-        base = picture(40, 64)
+        base = pictures(FIRST, BATCH_SIZES[-1])
+        runs = {f"start 0 and {FIRST}, batch {BATCH_SIZES[-1]}": pictures(0, BATCH_SIZES[-1])}
+        for batch_size in BATCH_SIZES[:-1]:
+            name = f"batch {batch_size} and {BATCH_SIZES[-1]}"
+            runs[name] = pictures(FIRST, batch_size)
         figures[str(dtype).removeprefix("torch.")] = {
-            "start 0 and 40, batch 64": int(np.abs(picture(0, 64) - base).max()),
-            **{f"batch {b} and 64": int(np.abs(picture(42, b) - base).max()) for b in BATCH_SIZES},
+            name: int(np.abs(got - base).max()) for name, got in runs.items()
         }
     for name, value in figures.items():
         print(f"{name:10} {value}")

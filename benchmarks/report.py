@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->"
+BEGIN, END = "<!-- {} -->\n", "<!-- /{} -->"
 
 
 def _read(name: str) -> dict | None:
@@ -205,7 +205,7 @@ def batch_sizes() -> str:
         return ""
     figures = document["figures"]
     lines = [
-        f"Sample 42 in {figures['steps']} steps, the largest difference in grey levels of 255: "
+        f"Eight digits in {figures['steps']} steps, the largest difference in grey levels of 255: "
         f"{_where(document)}. Noise and update are equal; where there is a difference, it is the "
         f"network library's choice of algorithm for the batch size.",
         "",
@@ -215,6 +215,55 @@ def batch_sizes() -> str:
     lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {k} | {' | '.join(str(row[c]) for c in columns)} |" for k, row in rows.items()]
     return "\n".join(lines) + "\n"
+
+
+def _kills(figures: dict) -> str:
+    runs = figures["there after each kill"].values()
+    return (
+        f"Killed {sum(map(len, runs))} times at random moments (SIGKILL), as 1 to {len(runs)} "
+        f"processes, and resumed: the folder is an undisturbed run's byte for byte."
+    )
+
+
+def _processes(figures: dict) -> str:
+    one, many = (name.removesuffix(", images/s") for name in list(figures)[:2])
+    return f"{many} against {one}: {figures['processes / threads']:.2f} times the images/s."
+
+
+def _throughput(figures: dict) -> str:
+    ratio = figures["command / bare"]
+    return f"The whole command at batch 64: {ratio:.3f} times the images/s of the sampler alone."
+
+
+def _memory(figures: dict) -> str:
+    few, many = (name.removesuffix(", MiB") for name in list(figures)[:2])
+    return f"Largest resident memory of {many}: {figures['ratio']:.3f} times that of {few}."
+
+
+def _startup(figures: dict) -> str:
+    return (
+        f"From the start of the command to its first step: {figures['seconds_to_first_step']:.1f} "
+        f"s; {100 * figures['share_of_imports']['torch']:.0f} % of the imports are torch's."
+    )
+
+
+BULK = {
+    "bulk_kills": _kills,
+    "bulk_processes": _processes,
+    "bulk_throughput": _throughput,
+    "bulk_memory": _memory,
+    "bulk_startup": _startup,
+}
+
+
+def bulk() -> str:
+    """A line for each of what bulk_kills.py and bulk_speed.py measure."""
+    found = {name: document for name in BULK if (document := _read(name)) is not None}
+    lines = [f"- {BULK[name](document['figures'])}" for name, document in found.items()]
+    places = dict.fromkeys(
+        f"{d['device']}, torch {d['versions']['torch']}, {d['date']}" for d in found.values()
+    )
+    return "\n".join(["Measured:", "", *lines, "", f"{'; '.join(places)}.", ""]) if found else ""
 
 
 def fresh_machine() -> str:
@@ -230,10 +279,6 @@ def fresh_machine() -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    head, rest = text.split(BEGIN)
-    tail = rest[rest.index(END) :]
     tables = "\n".join(
         t
         for t in (
@@ -249,7 +294,13 @@ def main() -> None:
         )
         if t
     )
-    readme.write_text(f"{head}{BEGIN}{tables}{tail}")
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, measured in (("bulk", bulk()), ("measured", tables)):
+        head, rest = text.split(BEGIN.format(name))
+        tail = rest[rest.index(END.format(name)) :]
+        text = f"{head}{BEGIN.format(name)}{measured}{tail}"
+    readme.write_text(text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import signal
 import sys
@@ -33,8 +34,8 @@ def _stopping() -> Iterator[None]:
     """Let the first signal raise Stopped, and none disturb what is then brought to its end."""
 
     def stop(number: int, frame: object) -> None:
-        for other in SIGNALS:
-            signal.signal(other, signal.SIG_IGN)
+        for other in SIGNALS:  # not SIG_IGN, of which Python complains if one has just arrived
+            signal.signal(other, lambda *_: None)
         raise Stopped(number)
 
     if threading.current_thread() is not threading.main_thread():  # which alone has signals
@@ -63,6 +64,8 @@ def run(main: Callable[[], int | None], name: str) -> int:
     after `name`.
     """
     keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that cannot be printed is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _stopping():
             return main() or 0

@@ -11,7 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch.distributed as dist
@@ -20,7 +20,7 @@ POLL_SECONDS = 0.05  # not a blocking wait, because signals would wait with it
 
 
 class OthersGoneError(RuntimeError):
-    """The store does not answer: the process that holds it has ended."""
+    """Others have ended before the run has: the store does not answer, or they said so."""
 
 
 @contextmanager
@@ -42,6 +42,7 @@ class World:
         self.local_rank = _environment("LOCAL_RANK", 0)
         self.local_size = _environment("LOCAL_WORLD_SIZE", 1)
         self._run = uuid.uuid4().hex
+        self._knows_run = self.leads
         self._answer = b""
         self._answered = 0
         if self.size == 1:
@@ -65,7 +66,7 @@ class World:
         while not self._store.check([f"answer/{newcomer}"]):
             time.sleep(POLL_SECONDS)
         answer = self._store.get(f"answer/{newcomer}")
-        self._run = answer[: len(self._run)].decode()
+        self._run, self._knows_run = answer[: len(self._run)].decode(), True
         return answer[len(self._run) :]
 
     def claims(self, indices: np.ndarray, batch_size: int) -> Iterator[int]:
@@ -83,13 +84,40 @@ class World:
         return self._count("steps", steps)
 
     def others_left(self) -> bool:
-        """Of the leader: whether all others have called `leave`."""
+        """Of the leader: whether all others have called `leave`.
+
+        Raises OthersGoneError once all have ended, if some of them failed: what they had claimed
+        is not written.
+        """
         self._answer_newcomers()
-        return self._count("left", 0) == self.size - 1
+        failed = self._count("failed", 0)
+        if self._count("left", 0) + failed < self.size - 1:
+            return False
+        if failed:
+            raise OthersGoneError(f"{failed} of {self.size} processes failed")
+        return True
 
     def leave(self) -> None:
         """Of the others: all that this process claimed is written."""
         self._count("left", 1)
+
+    @contextmanager
+    def telling_failure(self) -> Iterator[None]:
+        """Of the others: an error in the block is told to the leader, which would wait for ever.
+
+        torchrun sees to that on one machine, but not always on several. A signal comes to all.
+        """
+        try:
+            yield
+        except OthersGoneError:
+            raise
+        except Exception:
+            if not self.leads:
+                with suppress(OthersGoneError):
+                    if not self._knows_run:
+                        self.receive()
+                    self._count("failed", 1)
+            raise
 
     @_asking()
     def _count(self, name: str, amount: int) -> int:

@@ -23,6 +23,8 @@ def open_folder(url: str) -> LocalFolder | RemoteFolder:
     Nothing is made yet. Raises ValueError in one sentence for a URL that cannot be opened.
     """
     scheme, separator, path = url.partition("://")
+    if not scheme:
+        raise ValueError(f"--out must name a folder or a URL, got {url!r}")
     if not separator:
         return LocalFolder(url)
     return LocalFolder(path) if scheme in ("file", "local") else RemoteFolder(url)
@@ -80,11 +82,7 @@ class LocalFolder:
         while self._lock is None:
             lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             self._take(lock, fcntl.LOCK_EX)
-            try:
-                current = os.stat(self.path / LOCK).st_ino == os.fstat(lock).st_ino
-            except FileNotFoundError:
-                current = False
-            if current:  # and not one that a run removed between the two lines
+            if self._is_in_place(lock):  # and not one that a run removed between the two lines
                 self._lock = lock
             else:
                 os.close(lock)
@@ -94,6 +92,13 @@ class LocalFolder:
         if self._lock is None:
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         self._take(self._lock, fcntl.LOCK_SH)
+
+    def _is_in_place(self, lock: int) -> bool:
+        """Whether the open file is the one that others would open now."""
+        try:
+            return os.path.samestat(os.stat(self.path / LOCK), os.fstat(lock))
+        except FileNotFoundError:
+            return False
 
     def _take(self, lock: int, kind: int) -> None:
         try:
@@ -114,7 +119,8 @@ class LocalFolder:
             return
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.delete(LOCK)
+            if self._is_in_place(self._lock):  # and the folder was not removed meanwhile
+                self.delete(LOCK)
         except OSError:  # other processes of the run are still in it
             pass
         os.close(self._lock)

@@ -90,7 +90,7 @@ class Output:
         notes = []
         if earlier is not None:
             draws = bool(missing.any())
-            changed = record.differences(earlier.get("environment"), run["environment"])
+            changed = record.differences(earlier.get("environment", {}), run["environment"])
             if changed and draws:
                 notes.append(f"{self.folder} goes on with another {changed}: last bits may differ")
             record.continue_from(earlier, run, draws)

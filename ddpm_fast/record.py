@@ -72,14 +72,15 @@ def parse(text: bytes) -> dict[str, Any] | None:
     """The record of an earlier run, or None if it cannot be read as one."""
     try:
         record = json.loads(text)
-        return record if isinstance(record["decides"], dict) else None
+        parts = record["decides"], record.get("environment", {}), record.get("speed", {})
+        lists = isinstance(record.get("earlier_environments", []), list)
+        return record if lists and all(isinstance(part, dict) for part in parts) else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def differences(there: Any, now: dict[str, Any]) -> str:
+def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
     """The settings in which a part of an earlier record differs from that of this run, in words."""
-    there = there if isinstance(there, dict) else {}
     words = []
     for name in now:
         if there.get(name) != now[name]:
@@ -97,7 +98,7 @@ def continue_from(earlier: dict[str, Any], record: dict[str, Any], draws: bool) 
         kept = ("environment", "earlier_environments", "speed")
         record.update({name: earlier[name] for name in kept if name in earlier})
         return
-    environments = [earlier.get("environment"), *earlier.get("earlier_environments", ())]
+    environments = [earlier.get("environment", {}), *earlier.get("earlier_environments", ())]
     others = [e for e in environments if isinstance(e, dict) and e != record["environment"]]
     if others:
         record["earlier_environments"] = others

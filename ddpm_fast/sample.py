@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--init and --strength belong together: give both, or neither")
     indices = sample_range(args.start, args.num_samples)
     world = World()
-    with one_voice(world):
+    with one_voice(world), world.telling_failure():
         draw_all(args, indices, world)
     return 0
 

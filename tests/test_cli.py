@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import signal
+import sys
 import threading
 
 import pytest
@@ -27,6 +29,19 @@ def test_a_second_signal_does_not_disturb_the_end(capsys):
     assert before == [signal.getsignal(n) for n in cli.SIGNALS]
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_two_signals_at_the_same_moment():
+    """As of a terminal's interrupt under a launcher that passes it on as SIGTERM."""
+
+    def main() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, cli.SIGNALS)
+        for number in cli.SIGNALS:
+            signal.raise_signal(number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, cli.SIGNALS)
+
+    assert cli.run(main, "name") == 130
+
+
 @pytest.mark.parametrize(
     "error, status, words",
     [
@@ -42,6 +57,13 @@ def test_an_error_is_one_line(capsys, error, status, words):
         raise error
 
     assert cli.run(main, "name") == status and capsys.readouterr().err == words
+
+
+def test_a_name_that_cannot_be_printed_is_no_failure(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii", write_through=True))
+    assert cli.run(lambda: print("ünï"), "name") == 0
+    assert written.getvalue() == b"\\xfcn\\xef\n"
 
 
 def test_a_command_in_a_thread_of_a_host(capsys):

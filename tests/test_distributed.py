@@ -99,6 +99,29 @@ def test_a_restart_in_the_same_store_begins_anew(worlds):
     assert second[0].count_steps(1) == 1 and not second[0].others_left()
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_a_failure_is_told_to_the_leader_who_would_wait_for_ever(worlds, early):
+    """After the others are done; before it knows of the run, as where a machine lacks the model."""
+    leader, good, bad = both = worlds(3)
+    leader.publish(b"")
+    receive(both[: 2 if early else 3])
+
+    def fail() -> None:
+        with pytest.raises(OSError, match="no such disk"), bad.telling_failure():
+            raise OSError("no such disk")
+
+    failing = threading.Thread(target=fail, daemon=True)
+    failing.start()
+    deadline = time.monotonic() + 20
+    while failing.is_alive() and time.monotonic() < deadline:
+        assert not leader.others_left()
+        time.sleep(0.01)
+    assert not failing.is_alive() and not leader.others_left()
+    good.leave()
+    with pytest.raises(OthersGoneError, match=r"^1 of 3 processes failed$"):
+        leader.others_left()
+
+
 def test_a_world_of_one_needs_nobody(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     world = World()
@@ -175,13 +198,17 @@ def start(
     )
 
 
-def start_ranks(size: int, arguments: list[object]) -> list[subprocess.Popen]:
-    """The processes as a cluster's scheduler would start them; rank 0 has the store."""
+def start_ranks(size: int, arguments: list[object], *own: list[object]) -> list[subprocess.Popen]:
+    """The processes as a cluster's scheduler would start them; rank 0 has the store.
+
+    own: what each is told alone, if anything.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(arguments, RANK=rank, **place) for rank in range(size)]
+    words = [[*arguments, *more] for more in own or [()] * size]
+    return [start(words[rank], RANK=rank, **place) for rank in range(size)]
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -268,6 +295,17 @@ def test_the_others_end_when_the_leader_is_gone(arguments, tmp_path):
     said = err.splitlines()[-1]
     assert said.startswith("ddpm_fast.sample: the other processes are gone: ")
     assert " of 5000 samples are in " in said
+
+
+def test_a_process_without_the_folder(arguments, tmp_path):
+    """As where a machine does not share --out: the others draw it all, and the leader tells."""
+    own = [["--out", tmp_path / name] for name in ("out", "elsewhere")]
+    leader, other = start_ranks(2, arguments, *own)
+    said = [process.communicate(timeout=120)[1].splitlines()[-1] for process in (leader, other)]
+    assert leader.returncode == other.returncode == 1
+    standing = f"{SAMPLES} of {SAMPLES} samples are in {tmp_path / 'out'}; run it again to go on"
+    assert said[0] == f"ddpm_fast.sample: 1 of 2 processes failed: {standing}"
+    assert said[1].startswith("ddpm_fast.sample: [Errno 2] No such file or directory")
 
 
 def test_the_leader_is_gone_before_it_answers(worlds, monkeypatch):

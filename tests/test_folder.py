@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import shutil
 import subprocess
 import sys
 
@@ -67,6 +68,9 @@ def test_a_file_url_is_a_local_folder(class_model_file, tmp_path, capsys):
 def test_a_url_that_cannot_be_opened(class_model_file, capsys, monkeypatch):
     pytest.importorskip("fsspec")
     arguments = ["--model", class_model_file, *QUICK]
+    for url in ("", "://x"):  # as of a variable of the shell's that is not set
+        status, _, err = run(capsys, *arguments, "--out", url)
+        assert status == 2 and f"--out must name a folder or a URL, got {url!r}" in err
     status, _, err = run(capsys, *arguments, "--out", "nonsense://x")
     assert status == 2 and "nonsense://x cannot be opened" in err and len(err.splitlines()) == 1
     imported = builtins.__import__
@@ -107,6 +111,20 @@ def test_the_last_of_a_run_removes_the_lock(tmp_path):
     with pytest.raises(OSError, match="another run"):
         first.share_lock()
     other.unlock()
+
+
+def test_a_removed_folder_takes_its_lock_along(tmp_path):
+    """A run whose folder was removed does not let others in beside the one that made it anew."""
+    old, new, other = (LocalFolder(tmp_path / "out") for _ in range(3))
+    old.make()
+    old.lock()
+    shutil.rmtree(tmp_path / "out")
+    new.make()
+    new.lock()
+    old.unlock()
+    with pytest.raises(OSError, match="another run is writing into"):
+        other.lock()
+    new.unlock()
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):

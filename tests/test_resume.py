@@ -198,7 +198,10 @@ def test_a_run_that_left_no_sample_binds_nobody(arguments, whole, tmp_path, caps
     assert run(capsys, *arguments)[0] == 0 and contents(out) == whole
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"decides": 3}', "9" * 5000])
+OTHERS = ['{"decides": {}, "earlier_environments": 5}', '{"decides": {}, "environment": []}']
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"decides": 3}', "9" * 5000, *OTHERS])
 def test_samples_of_unknown_origin(arguments, whole, tmp_path, capsys, text):
     out = tmp_path / "out"
     (out / "images").mkdir(parents=True)
