@@ -6,6 +6,7 @@ Tensors are (N, C, H, W) in channels_last order, float32 or bfloat16; series hav
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,13 +50,24 @@ class Conv(nn.Module):
     ) -> None:
         super().__init__()
         self.bias = None if bias is None else bias.detach().to(dtype, copy=True)
-        self.is_fused = is_packable(dtype)
-        self.place = (list(padding), list(stride), [1, 1], 1)
-        weight = weight.to(dtype, copy=True, memory_format=torch.channels_last)
+        self.place, self.size = (list(padding), list(stride), [1, 1], 1), size
+        self._take(weight.to(dtype, copy=True, memory_format=torch.channels_last))
+
+    def _take(self, weight: Tensor) -> None:
+        self.is_fused = is_packable(weight.dtype)
         if self.is_fused:
-            shape = [16, weight.shape[1], *size]
+            shape = [16, weight.shape[1], *self.size]
             weight = _onednn._reorder_convolution_weight(weight.contiguous(), *self.place, shape)
         self.weight = weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or a file, which oneDNN's order of the weight cannot go into."""
+        weight = self.weight.to_dense() if self.is_fused else self.weight
+        return self.__dict__ | {"weight": weight}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._take(self.weight)
 
     def forward(self, x: Tensor, to: Tensor | None = None) -> Tensor:
         """The convolution of x, plus `to`, rounded once."""
