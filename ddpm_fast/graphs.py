@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,10 @@ class CudaGraphs(Executor):
         self._lock = threading.RLock()
         self._pools = [torch.cuda.graph_pool_handle()]  # the last takes what is captured next
         self._refused: torch.cuda.CUDAGraph | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has a stream and memory of its own."""
+        return type(self), (self.device, self._network)
 
     @contextmanager
     def _queueing(self) -> Iterator[None]:
