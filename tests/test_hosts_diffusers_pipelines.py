@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 import warnings
@@ -136,6 +137,40 @@ def test_another_network_is_taken_and_so_are_changed_weights_when_told():
         pipe.unet.conv_out.bias += 0.5
     same(draw(pipe), draw(ours.accelerate(fast)))
     assert np.abs(draw(fast)[0] - before[0]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"]
+)
+def test_copies_are_accelerated_too(copied, made):
+    pipe = ours.accelerate(ddpm())
+    want = draw(pipe)
+    other = copied(pipe)
+    same(draw(other), want)
+    assert len(made) == 2 and isinstance(made[1].network, FusedUNet)
+    with torch.no_grad():
+        other.unet.conv_out.bias += 0.5
+    assert np.abs(draw(ours.accelerate(other))[0] - want[0]).max() > 0.01
+    same(draw(pipe), want)
+
+
+def test_a_change_of_dtype_is_seen(made):
+    pipe = ours.accelerate(ddpm())
+    draw(pipe)
+    pipe.to(torch.bfloat16)
+    want = draw(ours.accelerate(ddpm().to(torch.bfloat16)))
+    assert np.array_equal(draw(pipe)[0], want[0])
+    assert [one.dtype for one in made] == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+def test_pipelines_that_diffusers_makes_of_ours(tmp_path):
+    """By their class they are accelerated, with the defaults."""
+    pipe = ours.accelerate(ddpm())
+    want = draw(pipe)
+    pipe.save_pretrained(tmp_path)
+    for made in (type(pipe).from_pretrained(tmp_path), type(pipe).from_pipe(pipe)):
+        same(draw(made), want)
+        assert type(made) is ours.DDPMPipeline and made._accelerated is not pipe._accelerated
 
 
 def test_what_is_saved_is_the_pipeline(tmp_path):
@@ -288,6 +323,9 @@ def test_what_is_no_such_pipeline():
         draw(ours.accelerate(pipe), seed=[1, 2])
     with pytest.raises(ValueError, match="eta must be a number between 0"):
         draw(ours.accelerate(ddim()), eta=1.5)
+    spaced = diffusers.DDPMScheduler(timestep_spacing="linspace")
+    with pytest.raises(ValueError, match=r"timesteps must be some of 0 to 999, but are \[\]"):
+        draw(ours.accelerate(diffusers.DDPMPipeline(network(), spaced)), num_inference_steps=0)
 
 
 def test_without_diffusers_there_is_one_sentence():
