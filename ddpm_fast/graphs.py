@@ -239,6 +239,8 @@ def capture_error(error: RuntimeError, network: object) -> CaptureError:
 
 def resolve_backend(device: torch.device, backend: str, graphs: bool | str) -> tuple[str, str]:
     """The step's backend. Asking for graphs on a GPU asks for the kernels that can be captured."""
+    if graphs not in (True, False, "auto"):
+        raise ValueError(f'graphs must be True, False or "auto", but {shown(graphs)} was given.')
     chosen = backend != "auto" or backends.is_overridden()
     if graphs is not True or device.type != "cuda" or chosen:
         return backends.resolve_backend(device, backend)
@@ -255,8 +257,6 @@ def make_executor(
     device: torch.device, backend: str, graphs: bool | str, network: object
 ) -> tuple[Executor, str]:
     """What takes the steps, and what stands in the way of capturing them; empty if nothing."""
-    if graphs not in (True, False, "auto"):
-        raise ValueError(f'graphs must be True, False or "auto", but {shown(graphs)} was given.')
     if not graphs:
         return Executor(device), "not asked for"
     if device.type != "cuda":

@@ -18,6 +18,7 @@ diffusers = pytest.importorskip("diffusers")
 # ruff: noqa: E402, what needs diffusers comes after the look whether it is there
 
 from ddpm_fast import sampler as samplers
+from ddpm_fast.backend import BackendError
 from ddpm_fast.hosts import diffusers as ours
 from ddpm_fast.hosts.diffusers import pipelines
 from ddpm_fast.inference import FusedUNet
@@ -318,6 +319,15 @@ def test_what_is_no_such_pipeline():
     pipe.scheduler = diffusers.DDPMScheduler()
     with pytest.raises(ValueError, match="noise must be one of pipeline, counter"):
         ours.accelerate(pipe, noise="torch")
+    with pytest.raises(ValueError, match="graphs must be True, False or"):
+        ours.accelerate(pipe, graphs="maybe")
+    with pytest.raises(BackendError, match="the backend must be one of auto, cpu"):
+        ours.accelerate(pipe, backend="fast")
+    for dtype in (torch.int8, torch.float64, "bfloat16"):
+        with pytest.raises(ValueError, match="must run in float32, bfloat16 or float16, but"):
+            ours.accelerate(pipe, dtype=dtype)
+    with pytest.raises(ValueError, match=r"but torch\.float64 was asked for"):
+        draw(ours.accelerate(ddpm()).to(torch.float64))
     assert type(pipe) is diffusers.DDPMPipeline
     with pytest.raises(ValueError, match="one for each of the 3 samples, but it has 2"):
         draw(ours.accelerate(pipe), seed=[1, 2])

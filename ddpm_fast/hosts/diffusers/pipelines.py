@@ -14,9 +14,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ...arguments import one_of, shown
-from ...device import with_index
+from ...device import DTYPES, with_index
 from ...families import diffusers as family
 from ...families.reading import Choices
+from ...graphs import resolve_backend
 from ...inference import FusedUNet, prepare
 from ...plan import Plan
 from ...sampler import Sampler
@@ -70,11 +71,19 @@ class Accelerated:
         self._dtype = dtype
         self._settings = {"graphs": graphs, "backend": backend}
         self._take(pipe)
+        resolve_backend(
+            self._taken["device"], backend, graphs
+        )  # refuses now what the sampler would
 
     def _place(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """Where the network is to run."""
-        device = with_index(pipe._execution_device)
-        return {"device": device, "dtype": self._dtype or pipe.unet.dtype}
+        device, dtype = with_index(pipe._execution_device), self._dtype or pipe.unet.dtype
+        if dtype not in DTYPES.values():
+            raise ValueError(
+                f"the network must run in float32, bfloat16 or float16, but {shown(dtype)} was"
+                f" asked for: give accelerate one of torch's dtypes of these names."
+            )
+        return {"device": device, "dtype": dtype}
 
     def _take(self, pipe: DiffusionPipeline) -> None:
         """The pipeline's network as it is now, where it is now."""
