@@ -17,6 +17,14 @@ struct Array {
   Layout layout;
 
   bool empty() const { return samples == 0 || channels == 0 || pixels == 0; }
+  // Its last element's place, roughly, also where it is past int64.
+  double reach() const {
+    const auto along = [](int64_t count, int64_t stride) {
+      return static_cast<double>(count - 1) * static_cast<double>(stride);
+    };
+    return along(samples, layout.sample) + along(channels, layout.channel) +
+           along(pixels, layout.pixel);
+  }
   Bytes bytes() const {
     const auto first = reinterpret_cast<uintptr_t>(data);
     const int64_t last = (samples - 1) * layout.sample + (channels - 1) * layout.channel +
@@ -46,13 +54,16 @@ void require_sizes(const Args& args) {
           args.pixels, " pixels.");
 }
 
-// Refuses a null pointer, a misplaced one, and a layout in which elements meet; returns the bytes.
+// Refuses a null pointer, a misplaced one, and a layout that no memory has; returns the bytes.
 std::vector<Bytes> bytes_of(const std::vector<Array>& arrays) {
   std::vector<Bytes> all;
   for (const Array& a : arrays) {
     if (a.empty()) continue;
     require(a.data != nullptr, a.name, " must not be null.");
     require_aligned(a.name, a.data, static_cast<size_t>(a.size));
+    require(a.reach() < 0x1p60, a.name, " has the layout (", a.layout.sample, ", ",
+            a.layout.channel, ", ", a.layout.pixel, "), in which ", a.samples, " samples of ",
+            a.channels, " channels of ", a.pixels, " pixels reach past all memory.");
     require(is_distinct(a.samples, a.channels, a.pixels, a.layout), a.name, " has the layout (",
             a.layout.sample, ", ", a.layout.channel, ", ", a.layout.pixel,
             "), in which elements share an address; use contiguous() or channels_last().");

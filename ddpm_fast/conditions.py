@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +41,16 @@ def class_labels(
     return classes[index % len(classes)]
 
 
+def _named(what: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
+    values = {} if values is None else values
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"{what} must be a dict from names to values, but are {shown(values)}")
+    return dict(values)
+
+
 def check_examples(examples: Mapping[str, Tensor] | None, classes: bool) -> dict[str, Tensor]:
     """One sample's value of each condition, by name; ValueError if they are none."""
-    examples = dict(examples or {})
+    examples = _named("the sampler's conditions", examples)
     for name, example in examples.items():
         if not isinstance(example, Tensor):
             raise ValueError(
@@ -63,7 +71,7 @@ def check_conditions(
 
     A function of the indices is not called; what it returned is to be checked when it was.
     """
-    given = given or {}
+    given = _named("a run's conditions", given)
     if given.keys() != examples.keys():
         raise ValueError(
             f"this sampler takes the conditions {sorted(examples) or 'none'}, but the run was given"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,6 +84,12 @@ def memory_format(device: torch.device, dtype: torch.dtype, ndim: int) -> torch.
     """
     slow = device.type == "cpu" and dtype == torch.bfloat16
     return torch.channels_last if ndim == 4 and not slow else torch.contiguous_format
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, contiguous if it is in neither of a network's two orders: what is made like it, too."""
+    orders = [torch.contiguous_format] + [torch.channels_last] * (x.ndim == 4)
+    return x if any(x.is_contiguous(memory_format=order) for order in orders) else x.contiguous()
 
 
 def keep_freed_memory() -> None:

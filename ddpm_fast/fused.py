@@ -6,6 +6,7 @@ Tensors are (N, C, H, W) in channels_last order, float32 or bfloat16; series hav
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,20 +51,39 @@ class Conv(nn.Module):
         stride: Size = (1, 1),
     ) -> None:
         super().__init__()
-        self.shape = tuple(weight.shape)
+        self.shape, self.size = tuple(weight.shape), size
         self.is_own = ops.is_conv2d_fastest(dtype)
-        self.is_fused = self.is_own or is_packable(dtype)
         self.place = (list(padding), list(stride), [1, 1], 1)
         self.own_place = (self.shape[0], list(self.shape[2:]), list(stride), list(padding))
         bias_dtype = torch.float32 if self.is_own else dtype
         self.bias = None if bias is None else bias.detach().to(bias_dtype, copy=True)
         weight = weight.to(dtype, copy=True, memory_format=torch.channels_last)
         if self.is_own:
-            weight = ops.pack_conv2d(weight)
-        elif self.is_fused:
-            shape = [16, weight.shape[1], *size]
+            self.is_fused, self.weight = True, ops.pack_conv2d(weight)
+        else:
+            self._take(weight)
+
+    def _take(self, weight: Tensor) -> None:
+        self.is_fused = is_packable(weight.dtype)
+        if self.is_fused:
+            shape = [16, weight.shape[1], *self.size]
             weight = _onednn._reorder_convolution_weight(weight.contiguous(), *self.place, shape)
         self.weight = weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or a file, which oneDNN's order of the weight cannot go into."""
+        is_onednn = self.is_fused and not self.is_own
+        return self.__dict__ | {"weight": self.weight.to_dense() if is_onednn else self.weight}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not self.is_own:
+            self._take(self.weight)
+        elif not ops.is_conv2d_fastest(self.weight.dtype):
+            raise RuntimeError(
+                "this network was prepared for another CPU, by ddpm_fast's own convolutions: "
+                "prepare the model anew"
+            )
 
     def forward(self, x: Tensor, to: Tensor | None = None) -> Tensor:
         """The convolution of x, plus `to`, rounded once."""

@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,10 @@ class CudaGraphs(Executor):
         self._lock = threading.RLock()
         self._pools = [torch.cuda.graph_pool_handle()]  # the last takes what is captured next
         self._refused: torch.cuda.CUDAGraph | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has a stream and memory of its own."""
+        return type(self), (self.device, self._network)
 
     @contextmanager
     def _queueing(self) -> Iterator[None]:
@@ -234,6 +239,8 @@ def capture_error(error: RuntimeError, network: object) -> CaptureError:
 
 def resolve_backend(device: torch.device, backend: str, graphs: bool | str) -> tuple[str, str]:
     """The step's backend. Asking for graphs on a GPU asks for the kernels that can be captured."""
+    if graphs not in (True, False, "auto"):
+        raise ValueError(f'graphs must be True, False or "auto", but {shown(graphs)} was given.')
     chosen = backend != "auto" or backends.is_overridden()
     if graphs is not True or device.type != "cuda" or chosen:
         return backends.resolve_backend(device, backend)
@@ -250,8 +257,6 @@ def make_executor(
     device: torch.device, backend: str, graphs: bool | str, network: object
 ) -> tuple[Executor, str]:
     """What takes the steps, and what stands in the way of capturing them; empty if nothing."""
-    if graphs not in (True, False, "auto"):
-        raise ValueError(f'graphs must be True, False or "auto", but {shown(graphs)} was given.')
     if not graphs:
         return Executor(device), "not asked for"
     if device.type != "cuda":

@@ -7,7 +7,7 @@ is a few calls of fused operators. `prepare` is what the sampler calls.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,15 @@ FEWEST_IN_A_GROUP = 2
 MOST_WORKERS = 8  # beyond, they would wait for Python's lock
 
 
+def _no_autocast() -> torch.autocast:
+    """A host's does not change a network whose dtypes were chosen when it was prepared."""
+    return torch.autocast("cpu", enabled=False)
+
+
 class FusedUNet(nn.Module):
     """Called as the `UNet` that it was made of, with x of `dtype`; it has no gradients.
+
+    It can be copied and pickled, but has no parameters: what is saved by `state_dict` is the model.
 
     Args:
         unet: on the CPU; it is copied, and may change afterwards.
@@ -91,7 +98,8 @@ class FusedUNet(nn.Module):
 
     def expect(self, timesteps: Sequence[float]) -> None:
         """Tabulate these timesteps, which will be asked for; others may be too."""
-        self.table.expect(timesteps)
+        with _no_autocast():
+            self.table.expect(timesteps)
 
     def _group_size(self, batch_size: int) -> int:
         """How many samples a core takes at once by itself; 0: all cores share each layer.
@@ -127,6 +135,17 @@ class FusedUNet(nn.Module):
 
         return torch.cat(list(workers(torch.get_num_threads()).map(run, groups, shared)))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedUNet:
+        """What `to`, `cuda`, `half` and their like call, here to be refused."""
+        moved = fn(torch.empty(0, dtype=self.dtype))
+        if (moved.device.type, moved.dtype) != ("cpu", self.dtype):
+            have, asked = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, moved.dtype))
+            raise ValueError(
+                f"this network was prepared for {have} on the CPU, and can only be there: prepare"
+                f" the model again, for {asked} on {moved.device}"
+            )
+        return self
+
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         check_inputs(self.config, x, t, class_labels)
@@ -135,11 +154,12 @@ class FusedUNet(nn.Module):
             raise ValueError(
                 f"x must be {wanted}, as the network was prepared for, but it is {got}"
             )
-        rows = self.table(t, class_labels)
         x = x.unsqueeze(2) if self.config.dims == 1 else x
         x = x.contiguous(memory_format=torch.channels_last)
         size = self._group_size(len(x))
-        out = self._run_groups(x, rows, size) if size else self._run(x, rows)
+        with _no_autocast():
+            rows = self.table(t, class_labels)
+            out = self._run_groups(x, rows, size) if size else self._run(x, rows)
         return out.squeeze(2) if self.config.dims == 1 else out
 
 

@@ -159,10 +159,11 @@ class Loop:
         if code == BAD_ROW:
             raise RuntimeError(f"the step was given row {row} of {steps}: a defect")
         if code:
+            dtype = str(self.sampler.dtype).removeprefix("torch.")
             raise RuntimeError(
                 f"sample {int(self.index[position])} has a value that is not finite after step "
                 f"{row + 1} of {steps}: the network's weights are broken, or it overflows in "
-                f"{str(self.sampler.dtype).removeprefix('torch.')} (try float32)"
+                f"{dtype}{'' if dtype == 'float32' else ' (try float32)'}"
             )
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -69,6 +69,10 @@ class Loops:
         self.executor, self.capture_seconds = executor, 0.0
         self._steps_per_graph, self._automatic = steps_per_graph, automatic
         self._kept: dict[tuple[int, bool], list[KeptLoop]] = {}  # by batch size, and given_noise
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a sampler makes its own: a step is bound to the buffers that it has."""
+        return self.__dict__ | {"_kept": {}}
 
     @property
     def forms(self) -> list[str]:

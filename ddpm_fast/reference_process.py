@@ -25,6 +25,19 @@ class PMeanVariance(NamedTuple):
     pred_xstart: Tensor
 
 
+def timesteps_on_cpu(t: Tensor, x: Tensor, num_timesteps: int) -> np.ndarray:
+    """t (N,), each sample's of x; ValueError if it is not that."""
+    if t.dtype != torch.int64 or t.shape != x.shape[:1]:
+        raise ValueError(
+            f"t must be int64 of shape ({len(x)},), one timestep per sample, but is {t.dtype} of"
+            f" shape {tuple(t.shape)}."
+        )
+    rows = t.cpu().numpy()
+    if ((rows < 0) | (rows >= num_timesteps)).any():
+        raise ValueError(f"t must lie in 0 to {num_timesteps - 1}, but holds {shown(t.tolist())}.")
+    return rows
+
+
 def extract(table: np.ndarray, t: Tensor, x: Tensor) -> Tensor:
     """table[t] in x's dtype and on its device, shaped (N, 1, ...) to multiply x."""
     if x.ndim < 2 or not x.is_floating_point():
@@ -32,14 +45,7 @@ def extract(table: np.ndarray, t: Tensor, x: Tensor) -> Tensor:
             f"the state must be a floating-point tensor (N, C, ...), but is {x.dtype} of shape"
             f" {tuple(x.shape)}."
         )
-    if t.dtype != torch.int64 or t.shape != x.shape[:1]:
-        raise ValueError(
-            f"t must be int64 of shape ({len(x)},), one timestep per sample, but is {t.dtype} of"
-            f" shape {tuple(t.shape)}."
-        )
-    rows = t.cpu().numpy()
-    if ((rows < 0) | (rows >= len(table))).any():
-        raise ValueError(f"t must lie in 0 to {len(table) - 1}, but holds {shown(t.tolist())}.")
+    rows = timesteps_on_cpu(t, x, len(table))
     values = torch.from_numpy(table[rows]).to(device=x.device, dtype=x.dtype)
     return values.reshape(-1, *[1] * (x.ndim - 1))
 

@@ -121,6 +121,10 @@ void bad_steps() {
       "out has the layout (0, 0, 0), in which elements share an address; use contiguous() "
       "or channels_last().",
       [](Step& s) { s.args.out_layout = Layout{}; });
+  step_refused(
+      "out has the layout (9223372036854775807, 5000, 1), in which 3 samples of 2 channels of "
+      "5000 pixels reach past all memory.",
+      [](Step& s) { s.args.out_layout.sample = std::numeric_limits<int64_t>::max(); });
   step_refused("out is written while x_t is read, so they must not share memory; pass a clone.",
                [](Step& s) { s.args.x_t = s.out.data() + 1; });
   step_refused(

@@ -91,6 +91,8 @@ def first(count: int) -> dict[str, Tensor]:
         (GIVEN | {"y": GIVEN["y"].float()}, "y must be torch.int64 .* got torch.float32"),
         (GIVEN | {"image": GIVEN["image"][:, :1]}, "image must be"),
         (GIVEN | {"y": [0, 1, 2, 3, 4]}, "got list"),
+        ([GIVEN["y"]], r"a run's conditions must be a dict from names to values, but are \[tensor"),
+        (GIVEN | {1: GIVEN["y"]}, "a run's conditions must be a dict"),
         (GIVEN | {"y": lambda i: i[:1]}, r"y must be torch.int64 of shape \(5,\)"),
     ],
 )
@@ -103,6 +105,9 @@ def test_other_conditions_are_refused_in_a_sentence(conditions, message):
 def test_bad_settings_are_refused_in_a_sentence():
     with pytest.raises(ValueError, match="condition y wants one sample's tensor"):
         sampler(conditions={"y": 3})
+    for conditions in ([GIVEN["y"][0]], {1: GIVEN["y"][0]}):
+        with pytest.raises(ValueError, match="the sampler's conditions must be a dict"):
+            sampler(conditions=conditions)
     with pytest.raises(ValueError, match="come from classes"):
         sampler(conditions={"class_labels": GIVEN["y"][0]}, num_classes=3)
     with pytest.raises(ValueError, match="give a function"):

@@ -1,5 +1,7 @@
 """`ops.conv2d` against torch's convolution in float64, and where a prepared network uses it."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -216,3 +218,14 @@ def test_the_choice_is_named():
         own = f"own ({backend.conv_kernels(dtype)})"
         wanted = own if ops.is_conv2d_fastest(dtype) else "oneDNN's"
         assert lines[f"{name} convolutions"] == wanted
+
+
+def test_a_pickled_layer_stays_on_cpus_of_its_kind(bfloat16, monkeypatch):
+    if not ops.is_conv2d_fastest(BF16):
+        pytest.skip("prepared networks use oneDNN here")
+    written = pickle.dumps(layer_of(LAYERS[4], BF16))
+    x = case(LAYERS[4], 2, BF16)[0]
+    assert torch.equal(pickle.loads(written)(x), layer_of(LAYERS[4], BF16)(x))
+    monkeypatch.setattr(ops, "is_conv2d_fastest", lambda dtype: False)
+    with pytest.raises(RuntimeError, match="prepared for another CPU"):
+        pickle.loads(written)

@@ -112,6 +112,7 @@ SHAPES = {
         "embedding_shift": 0.0,
         "downsample_padding": "symmetric",
     },
+    "interleaved": {"embedding_order": "interleaved", "embedding_shift": 0.0},
     "no_mid_norm": {"scale_shift_norm": True, "mid_attention_norm": False},
     "no_mid": {"mid_attention": False, "attention_levels": (True, False)},
     "three_channels": {"in_channels": 3, "channel_mult": (1, 1.5), "sample_size": (8, 16)},
@@ -145,7 +146,6 @@ def test_classes_for_diffusers(null, tiny_model, tmp_path):
 @pytest.mark.parametrize(
     "shape,match",
     [
-        ({"embedding_order": "interleaved"}, "embeddings of all sines and all cosines"),
         ({"embedding_shift": 0.5}, "a whole embedding_shift"),
         ({"embedding_channels": 16}, "base_channels as the embedding's"),
         ({"timestep_scale": 0.25}, "unscaled timesteps"),

@@ -5,6 +5,7 @@ That a GPU then computes the same is shown in test_captured_loop.py.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import Counter
 from contextlib import contextmanager
@@ -328,6 +329,13 @@ def test_info_says_what_one_launch_takes(monkeypatch, extension, knows_raw_graph
     assert obstacle in graphs.while_loop_obstacle()
     said = info._captured_loop()
     assert f"not: {graphs.while_loop_obstacle()}" in said if obstacle else "asked for by" in said
+
+
+def test_a_copy_captures_for_itself(cuda, executor):
+    executor.capture(list, 1)
+    other = copy.deepcopy({"executor": executor})["executor"]
+    assert other._stream is not executor._stream and other._pools != executor._pools
+    assert other.device == executor.device and other._lock is not executor._lock
 
 
 def test_release(cuda, executor):

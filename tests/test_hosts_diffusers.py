@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -237,6 +239,28 @@ def test_what_the_fused_step_has_not_is_diffusers_own(case, fused):
     assert torch.equal(want, got) and got.requires_grad == like["requires_grad"] and not fused
 
 
+def transposed(x):
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+SHAPES = {
+    "another order of memory": (transposed, transposed, 1),
+    "a broadcast": (lambda x: x[:1], lambda x: x, 0),
+    "a view that repeats": (lambda x: x[:1].expand(3, -1, -1, -1), lambda x: x[:3], 1),
+    "no batch": (lambda x: x[0], lambda x: x[0], 1),
+}
+
+
+@pytest.mark.parametrize("state,prediction,steps", SHAPES.values(), ids=SHAPES)
+def test_states_of_any_shape_and_order(state, prediction, steps, fused):
+    both = pair("DDPMScheduler")
+    x, output = torch.randn(2, 3, 2, 4, 5, generator=generator())
+    x, output = state(x), prediction(output)
+    want, got = (s.step(output, 400, x, generator=generator()) for s in both)
+    assert got.prev_sample.shape == want.prev_sample.shape and len(fused) == steps
+    assert (got.prev_sample - want.prev_sample).abs().max() < 2e-6
+
+
 def test_what_is_nan_in_diffusers_is_what_its_name_says():
     _, named = pair("DDPMScheduler", variance_type="fixed_large_log")
     meant, _ = pair("DDPMScheduler", variance_type="fixed_large")
@@ -277,6 +301,40 @@ def test_configurations_and_files_are_diffusers_own(kind, tmp_path):
     assert torch.equal(mine.add_noise(x, noise, t), theirs.add_noise(x, noise, t))
     assert torch.equal(mine.get_velocity(x, noise, t), theirs.get_velocity(x, noise, t))
     assert mine.scale_model_input(x, 3) is x and mine.init_noise_sigma == 1.0
+
+
+CHANGES = {
+    "other timesteps": lambda s: setattr(s, "timesteps", s.timesteps[::2].clone()),
+    "timesteps written in place": lambda s: s.timesteps[1:-1].sub_(7),
+    "another schedule": lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod**2),
+    "a schedule written in place": lambda s: s.alphas_cumprod.pow_(2),
+    "another configuration": lambda s: s.register_to_config(clip_sample=False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_between_two_steps_is_seen(change, fused):
+    both = pair("DDPMScheduler")
+    x, output = 3 * torch.randn(2, *SHAPE, generator=generator())
+    for scheduler in both:
+        scheduler.set_timesteps(10)
+        scheduler.step(output, 900, x)
+        change(scheduler)
+    t = int(both[0].timesteps[1])
+    want, got = (s.step(output, t, x, generator=generator()).prev_sample for s in both)
+    assert (got - want).abs().max() < 1e-5 and len(fused) == 2
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"]
+)
+def test_copies_in_use(copied, fused):
+    theirs, mine = pair("DDIMScheduler")
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(10)
+    same_chains(theirs, mine)
+    same_chains(theirs, copied(mine))
+    assert len(fused) == 20
 
 
 def test_set_timesteps_makes_other_steps():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 import warnings
@@ -17,6 +18,7 @@ diffusers = pytest.importorskip("diffusers")
 # ruff: noqa: E402, what needs diffusers comes after the look whether it is there
 
 from ddpm_fast import sampler as samplers
+from ddpm_fast.backend import BackendError
 from ddpm_fast.hosts import diffusers as ours
 from ddpm_fast.hosts.diffusers import pipelines
 from ddpm_fast.inference import FusedUNet
@@ -136,6 +138,40 @@ def test_another_network_is_taken_and_so_are_changed_weights_when_told():
         pipe.unet.conv_out.bias += 0.5
     same(draw(pipe), draw(ours.accelerate(fast)))
     assert np.abs(draw(fast)[0] - before[0]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"]
+)
+def test_copies_are_accelerated_too(copied, made):
+    pipe = ours.accelerate(ddpm())
+    want = draw(pipe)
+    other = copied(pipe)
+    same(draw(other), want)
+    assert len(made) == 2 and isinstance(made[1].network, FusedUNet)
+    with torch.no_grad():
+        other.unet.conv_out.bias += 0.5
+    assert np.abs(draw(ours.accelerate(other))[0] - want[0]).max() > 0.01
+    same(draw(pipe), want)
+
+
+def test_a_change_of_dtype_is_seen(made):
+    pipe = ours.accelerate(ddpm())
+    draw(pipe)
+    pipe.to(torch.bfloat16)
+    want = draw(ours.accelerate(ddpm().to(torch.bfloat16)))
+    assert np.array_equal(draw(pipe)[0], want[0])
+    assert [one.dtype for one in made] == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+def test_pipelines_that_diffusers_makes_of_ours(tmp_path):
+    """By their class they are accelerated, with the defaults."""
+    pipe = ours.accelerate(ddpm())
+    want = draw(pipe)
+    pipe.save_pretrained(tmp_path)
+    for made in (type(pipe).from_pretrained(tmp_path), type(pipe).from_pipe(pipe)):
+        same(draw(made), want)
+        assert type(made) is ours.DDPMPipeline and made._accelerated is not pipe._accelerated
 
 
 def test_what_is_saved_is_the_pipeline(tmp_path):
@@ -283,11 +319,23 @@ def test_what_is_no_such_pipeline():
     pipe.scheduler = diffusers.DDPMScheduler()
     with pytest.raises(ValueError, match="noise must be one of pipeline, counter"):
         ours.accelerate(pipe, noise="torch")
+    with pytest.raises(ValueError, match="graphs must be True, False or"):
+        ours.accelerate(pipe, graphs="maybe")
+    with pytest.raises(BackendError, match="the backend must be one of auto, cpu"):
+        ours.accelerate(pipe, backend="fast")
+    for dtype in (torch.int8, torch.float64, "bfloat16"):
+        with pytest.raises(ValueError, match="must run in float32, bfloat16 or float16, but"):
+            ours.accelerate(pipe, dtype=dtype)
+    with pytest.raises(ValueError, match=r"but torch\.float64 was asked for"):
+        draw(ours.accelerate(ddpm()).to(torch.float64))
     assert type(pipe) is diffusers.DDPMPipeline
     with pytest.raises(ValueError, match="one for each of the 3 samples, but it has 2"):
         draw(ours.accelerate(pipe), seed=[1, 2])
     with pytest.raises(ValueError, match="eta must be a number between 0"):
         draw(ours.accelerate(ddim()), eta=1.5)
+    spaced = diffusers.DDPMScheduler(timestep_spacing="linspace")
+    with pytest.raises(ValueError, match=r"timesteps must be some of 0 to 999, but are \[\]"):
+        draw(ours.accelerate(diffusers.DDPMPipeline(network(), spaced)), num_inference_steps=0)
 
 
 def test_without_diffusers_there_is_one_sentence():

@@ -175,6 +175,27 @@ def test_bad_calls_are_refused_in_a_sentence():
         diffusion().ddim_sample_loop(network, SHAPE, eta=2.0)
     with pytest.raises(ValueError, match=r"model_output must have the shape \(2, 6, 4, 4\)"):
         diffusion(model_var_type="LEARNED").p_mean_variance(network, draw(0), t)
+    steps = diffusion().p_sample, diffusion().ddim_sample, diffusion().p_mean_variance
+    for step in map(torch.no_grad(), steps):  # the fused step, and the reference
+        with pytest.raises(ValueError, match=r"shape \(2, 3, 4, 4\) .* but has \(2, 6, 4, 4\)"):
+            step(lambda x, t: torch.cat((x, x), 1), draw(0), t)
+        for wrong in ([0, 24], [-1, 0]):
+            with pytest.raises(ValueError, match="t must lie in 0 to 5, but holds"):
+                step(network, draw(0), torch.tensor(wrong))
+        with pytest.raises(ValueError, match="t must be int64 of shape"):
+            step(network, draw(0), t.int())
+
+
+@pytest.mark.parametrize("method", ["p_sample", "ddim_sample"])
+def test_a_state_in_any_order_of_memory(method, fused_steps):
+    """Its noise is drawn in that order, too, as theirs is: here by the reference."""
+    x = draw(0).transpose(2, 3).contiguous().transpose(2, 3)
+    step, found = getattr(diffusion(), method), []
+    for gradients in (True, False):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(gradients):
+            found.append(step(Network(False), x, torch.tensor([1, 3]))["sample"])
+    assert (found[0] - found[1]).abs().max() < 1e-5 and len(fused_steps) == 1
 
 
 def test_decoder_likelihoods_sum_to_one():

@@ -1,6 +1,7 @@
 """The prepared network is the trained one: its values, and what they may depend on."""
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -111,6 +112,41 @@ def test_the_published_cifar10_model(dtype, t, cifar10):
 def cifar10():
     unet = randomized(CIFAR10)
     return unet, {dtype: prepare(unet, CPU, dtype) for dtype in (F32, BF16)}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_copy_and_a_pickle_compute_the_same_bits(dtype, tiny_config):
+    """A host project copies what it holds; oneDNN's weights can be neither copied nor written."""
+    config = tiny_config(resblock_updown=True, scale_shift_norm=True, num_classes=4)
+    network, (x, *rest) = prepare(randomized(config), CPU, dtype), inputs(config)
+    want = run(network, dtype, x, *rest)
+    for made in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert torch.equal(run(made, dtype, x, *rest), want) and unfused(made) == unfused(network)
+    assert torch.equal(run(network, dtype, x, *rest), want)
+
+
+def test_it_stays_where_it_was_prepared_for(tiny_config):
+    """It has no parameters, so torch itself would move nothing, and say nothing."""
+    host = torch.nn.Sequential(prepare(UNet(tiny_config()), CPU, F32))
+    assert host.to("cpu", F32) is host and host.to(memory_format=torch.channels_last) is host
+    for move, asked in ((host.half, "float16 on cpu"), (lambda: host.to("meta"), "32 on meta")):
+        with pytest.raises(ValueError, match=f"prepared for float32 on the CPU, .*{asked}"):
+            move()
+
+
+@pytest.mark.parametrize("change", [{}, {"num_classes": 4}], ids=str)
+def test_a_hosts_autocast_changes_nothing(change, tiny_config):
+    config = tiny_config(num_heads=2, **change)
+    x, t, labels = inputs(config)
+
+    def eps():
+        network = prepare(randomized(config), CPU, F32)
+        network.expect(t.tolist()[:4])  # and two by themselves
+        return run(network, F32, x, t, labels)
+
+    want = eps()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(eps(), want) and torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

@@ -77,7 +77,6 @@ def _network(unet: UNet) -> dict[str, Any]:
     c = unet.config
     wrong = {
         "two spatial dimensions": c.dims != 2,
-        "embeddings of all sines and all cosines": c.embedding_order == "interleaved",
         "a whole embedding_shift": c.embedding_shift != int(c.embedding_shift),
         "base_channels as the embedding's": c.time_channels[0] != c.base_channels,
         "base_channels at the first level": c.channel_mult[0] != 1,
@@ -169,6 +168,8 @@ def _state(unet: UNet) -> dict[str, Tensor]:
             heads = value.shape[0] // 3 // config.head_channels if config.head_channels else None
             rows = value.reshape(heads or config.num_heads, 3, -1, *value.shape[1:])
             value = rows.transpose(0, 1).reshape(value.shape)
+        if key == "time_mlp.0.weight" and config.embedding_order == "interleaved":
+            value = torch.cat((value[:, ::2], value[:, 1::2]), 1)  # diffusers' sines come first
         if layer in ("qkv", "proj") and kind == "weight":
             value = value.flatten(1)
         if module == "class_embedding" and config.null_class == "zero":

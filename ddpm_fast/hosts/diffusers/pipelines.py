@@ -14,9 +14,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ...arguments import one_of, shown
-from ...device import with_index
+from ...device import DTYPES, with_index
 from ...families import diffusers as family
 from ...families.reading import Choices
+from ...graphs import resolve_backend
 from ...inference import FusedUNet, prepare
 from ...plan import Plan
 from ...sampler import Sampler
@@ -70,17 +71,33 @@ class Accelerated:
         self._dtype = dtype
         self._settings = {"graphs": graphs, "backend": backend}
         self._take(pipe)
+        resolve_backend(
+            self._taken["device"], backend, graphs
+        )  # refuses now what the sampler would
+
+    def _place(self, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """Where the network is to run."""
+        device, dtype = with_index(pipe._execution_device), self._dtype or pipe.unet.dtype
+        if dtype not in DTYPES.values():
+            raise ValueError(
+                f"the network must run in float32, bfloat16 or float16, but {shown(dtype)} was"
+                f" asked for: give accelerate one of torch's dtypes of these names."
+            )
+        return {"device": device, "dtype": dtype}
 
     def _take(self, pipe: DiffusionPipeline) -> None:
         """The pipeline's network as it is now, where it is now."""
-        self._unet, self._device = pipe.unet, with_index(pipe._execution_device)
-        self._settings |= {"device": self._device, "dtype": self._dtype or pipe.unet.dtype}
-        self._network = prepare(converted(pipe.unet), self._device, self._settings["dtype"])
+        self._unet, self._taken = pipe.unet, self._place(pipe)
+        self._network = prepare(converted(pipe.unet), **self._taken)
         self._kept: tuple[Plan, Sampler] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's pipeline has another network, which is taken at its first call."""
+        return self.__dict__ | {"_unet": None, "_network": None, "_kept": None}
 
     def _sampler(self, pipe: DiffusionPipeline, plan: Plan) -> Sampler:
         """That of the run before, with its buffers and captures, if it took the same steps."""
-        if pipe.unet is not self._unet or with_index(pipe._execution_device) != self._device:
+        if pipe.unet is not self._unet or self._place(pipe) != self._taken:
             self._take(pipe)
         if self._kept is not None:
             known, sampler = self._kept
@@ -92,9 +109,8 @@ class Accelerated:
             self._network.expect(plan.timesteps)
         size = pipe.unet.config.sample_size
         size = (size, size) if isinstance(size, int) else size
-        sampler = Sampler(
-            self._network, plan, (pipe.unet.config.in_channels, *size), **self._settings
-        )
+        shape = pipe.unet.config.in_channels, *size
+        sampler = Sampler(self._network, plan, shape, **self._taken, **self._settings)
         self._kept = plan, sampler
         return sampler
 
@@ -153,10 +169,17 @@ class Accelerated:
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-class DDPMPipeline(diffusers.DDPMPipeline):
-    """diffusers' DDPMPipeline, accelerated: made by `accelerate`."""
+def _accelerated(pipe: DiffusionPipeline) -> Accelerated:
+    """Made now, if it was diffusers that made the pipeline, from a folder or from another one."""
+    if pipe._accelerated is None:
+        accelerate(pipe)
+    return pipe._accelerated
 
-    _accelerated: Accelerated
+
+class DDPMPipeline(diffusers.DDPMPipeline):
+    """diffusers' DDPMPipeline, accelerated: by `accelerate`, else as by its defaults."""
+
+    _accelerated: Accelerated | None = None
 
     def __call__(
         self,
@@ -168,13 +191,13 @@ class DDPMPipeline(diffusers.DDPMPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """As of diffusers' DDPMPipeline."""
         how = batch_size, generator, num_inference_steps, output_type, return_dict
-        return self._accelerated(self, *how)
+        return _accelerated(self)(self, *how)
 
 
 class DDIMPipeline(diffusers.DDIMPipeline):
-    """diffusers' DDIMPipeline, accelerated: made by `accelerate`."""
+    """diffusers' DDIMPipeline, accelerated: by `accelerate`, else as by its defaults."""
 
-    _accelerated: Accelerated
+    _accelerated: Accelerated | None = None
 
     def __call__(
         self,
@@ -188,7 +211,7 @@ class DDIMPipeline(diffusers.DDIMPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """As of diffusers' DDIMPipeline; eta is 0 .. 1."""
         how = batch_size, generator, num_inference_steps, output_type, return_dict
-        return self._accelerated(self, *how, eta, use_clipped_model_output)
+        return _accelerated(self)(self, *how, eta, use_clipped_model_output)
 
 
 KINDS = {
@@ -210,8 +233,8 @@ def accelerate(
     """Make `pipe`, a DDPMPipeline or DDIMPipeline of diffusers, sample fast; returns it.
 
     Its interface, its components and what it saves stay as they are. pipe.unet's weights are copied
-    now, so after a change of them call `accelerate` again; another network, device or scheduler in
-    the pipeline is seen at the next call.
+    now, so after a change of them call `accelerate` again; another network, device, dtype or
+    scheduler of the pipeline is seen at the next call.
 
     Args:
         noise: "pipeline", the draws of the call's generator, so that seeds keep their pictures; or

@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import torch
 
-from ...arguments import one_of, real
+from ...arguments import one_of, real, shown
 from ...families.diffusers import VARIANCES
 from ...methods import (
     CLIP_HI,
@@ -57,7 +57,10 @@ def _levels(scheduler: Any, method: str) -> NoiseSchedule:
     """
     t = scheduler.timesteps.cpu().flip(0)
     if len(t) == 0 or t.min() < 0 or t.max() >= scheduler.config.num_train_timesteps:
-        raise ValueError(f"timesteps must be 0 to T - 1, but they run from {t[0]} to {t[-1]}.")
+        last = scheduler.config.num_train_timesteps - 1
+        raise ValueError(
+            f"the scheduler's timesteps must be some of 0 to {last}, but are {shown(t.tolist())}."
+        )
     if method == "ddim":  # which takes the stride for the distance, whatever the spacing
         previous = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
         last = scheduler.final_alpha_cumprod

@@ -1,12 +1,13 @@
 """diffusers' DDPM and DDIM schedulers, their step one pass of the fused operator.
 
 Their configurations, timesteps, add_noise and files are diffusers' own. What the fused step has not
-(thresholding, variance_type "learned", float64, gradients, a timestep that was not set) runs as
-diffusers has it.
+(thresholding, variance_type "learned", float64, gradients, shapes that are broadcast, a timestep
+that was not set) runs as diffusers has it.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ... import ops
-from ...device import DTYPES
+from ...device import DTYPES, dense
 from ...plan import Plan
 from .plans import draws, plan_of
 
@@ -36,23 +37,27 @@ class _Prepared:
 
 # By its name in this module diffusers knows how to load a pipeline that was saved with one of ours.
 class _FusedStep(SchedulerMixin):
-    """`_fused`, and the plans that it has made for the scheduler's present timesteps."""
+    """`_fused`, and the plans that it has made of the scheduler as it is."""
 
-    _plans: tuple[Tensor, dict[Any, _Prepared | None]] | None = None
+    _plans: dict[Any, _Prepared | None]
+    _made_of: tuple[Any, ...] = (None, None, None)
+    _versions: tuple[int, ...] = ()
 
     def _prepared(self, device: torch.device, *settings: Any) -> _Prepared | None:
         """None where the fused step cannot do what diffusers does."""
-        if self._plans is None or self._plans[0] is not self.timesteps:
-            self._plans = self.timesteps, {}
-        kept = self._plans[1]
+        made_of = self.timesteps, self.alphas_cumprod, self.config
+        versions = tuple(0 if t.is_inference() else t._version for t in made_of[:2])
+        if versions != self._versions or not all(map(operator.is_, made_of, self._made_of)):
+            self._plans, self._made_of, self._versions = {}, made_of, versions
         key = device, *settings
-        if key not in kept:
+        if key not in self._plans:
             try:
                 plan = plan_of(self, *settings).to(device)
-                kept[key] = _Prepared(plan, {t: row for row, t in enumerate(plan.timesteps)})
+                prepared = _Prepared(plan, {t: row for row, t in enumerate(plan.timesteps)})
+                self._plans[key] = prepared
             except ValueError:
-                kept[key] = None
-        return kept[key]
+                self._plans[key] = None
+        return self._plans[key]
 
     def _fused(
         self,
@@ -67,7 +72,10 @@ class _FusedStep(SchedulerMixin):
         """(x_prev, pred_xstart), or None for what is left to diffusers."""
         differentiated = model_output.requires_grad or sample.requires_grad
         if (
-            {sample.dtype, model_output.dtype} - set(DTYPES.values())
+            model_output.ndim != sample.ndim
+            or sample.ndim < 2
+            or model_output[:, : sample.shape[1]].shape != sample.shape
+            or {sample.dtype, model_output.dtype} - set(DTYPES.values())
             or sample.device.type not in ("cpu", "cuda")
             or (torch.is_grad_enabled() and differentiated)
         ):
@@ -79,7 +87,7 @@ class _FusedStep(SchedulerMixin):
         if noise is None and draws(prepared.plan, row):
             like = {"device": model_output.device, "dtype": model_output.dtype}
             noise = randn_tensor(sample.shape, generator=generator, **like)
-        x_t = sample.float()
+        x_t = dense(sample.float())
         pred_xstart = torch.empty_like(x_t)
         rows = torch.full((len(x_t),), row, device=x_t.device)
         x_prev = ops.p_sample_step(

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from ... import ops, reference
 from ...arguments import shown
+from ...device import dense
 from ...plan import Plan, make_plan
+from ...reference_process import split
 from ...sampler import Sampler
 from .process import Hook, Kwargs, Network, Terms
 from .training import Training
@@ -125,7 +127,9 @@ class GaussianDiffusion(Training):
             self._plans[key] = plan.to(x.device)
         plan = self._plans[key]
         output = self._wrap_model(model)(x, t, **(model_kwargs or {}))
-        noise, unused, pred_xstart = torch.randn_like(x), torch.zeros_like(t), torch.empty_like(x)
+        split(output, x, self._types[1].startswith("learned"))  # refuses what has not the shape
+        noise, unused, x = torch.randn_like(x), torch.zeros_like(t), dense(x)
+        pred_xstart = torch.empty_like(x)
         sample = ops.p_sample_step(
             *(x, output, plan.coefficients, plan.index, self.num_timesteps - 1 - t),
             *(unused, unused),  # seed and sample index: the noise is given

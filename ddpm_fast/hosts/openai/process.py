@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ... import reference
 from ...arguments import one_of
+from ...reference_process import timesteps_on_cpu
 from ...schedule import NoiseSchedule
 
 # Their enums' members, by name.
@@ -47,6 +48,8 @@ class OriginalTimesteps(nn.Module):
         if table is None:
             some = next(iter(self._timesteps.values()))
             table = self._timesteps[t.device] = some.to(t.device)
+        if t.device.type == "cpu":  # on a GPU the look would wait for it, also in a capture
+            timesteps_on_cpu(t, x, len(table))
         return self.model(x, table[t], **kwargs)
 
 
