@@ -127,7 +127,7 @@ def throughput(folder: Path) -> dict:
 
 def processes(folder: Path) -> dict:
     cores = torch.get_num_threads()
-    steps, n = 20, 8 * BATCH_SIZE
+    steps, n = 100, 4 * BATCH_SIZE
 
     def run(size: int, i: int) -> float:
         out = folder / f"{size}-{i}"
