@@ -36,7 +36,7 @@ def _no_autocast() -> torch.autocast:
 class FusedUNet(nn.Module):
     """Called as the `UNet` that it was made of, with x of `dtype`; it has no gradients.
 
-    It can be copied and pickled, but has no parameters: what is saved by `state_dict` is the model.
+    It can be copied and pickled, but has no parameters: keep the model's `state_dict`, not its.
 
     Args:
         unet: on the CPU; it is copied, and may change afterwards.

@@ -71,9 +71,7 @@ class Accelerated:
         self._dtype = dtype
         self._settings = {"graphs": graphs, "backend": backend}
         self._take(pipe)
-        resolve_backend(
-            self._taken["device"], backend, graphs
-        )  # refuses now what the sampler would
+        resolve_backend(self._taken["device"], backend, graphs)  # for what it refuses
 
     def _place(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """Where the network is to run."""

@@ -39,25 +39,25 @@ class _Prepared:
 class _FusedStep(SchedulerMixin):
     """`_fused`, and the plans that it has made of the scheduler as it is."""
 
-    _plans: dict[Any, _Prepared | None]
-    _made_of: tuple[Any, ...] = (None, None, None)
-    _versions: tuple[int, ...] = ()
+    # What they were made of, with the number of writes to its tensors; and the plans.
+    _kept: tuple[tuple[Any, ...], tuple[int, ...], dict[Any, _Prepared | None]] = ((), (), {})
 
     def _prepared(self, device: torch.device, *settings: Any) -> _Prepared | None:
         """None where the fused step cannot do what diffusers does."""
         made_of = self.timesteps, self.alphas_cumprod, self.config
         versions = tuple(0 if t.is_inference() else t._version for t in made_of[:2])
-        if versions != self._versions or not all(map(operator.is_, made_of, self._made_of)):
-            self._plans, self._made_of, self._versions = {}, made_of, versions
+        kept = self._kept
+        if versions != kept[1] or not all(map(operator.is_, made_of, kept[0])):
+            kept = self._kept = made_of, versions, {}
+        plans = kept[2]
         key = device, *settings
-        if key not in self._plans:
+        if key not in plans:
             try:
                 plan = plan_of(self, *settings).to(device)
-                prepared = _Prepared(plan, {t: row for row, t in enumerate(plan.timesteps)})
-                self._plans[key] = prepared
+                plans[key] = _Prepared(plan, {t: row for row, t in enumerate(plan.timesteps)})
             except ValueError:
-                self._plans[key] = None
-        return self._plans[key]
+                plans[key] = None
+        return plans[key]
 
     def _fused(
         self,
