@@ -17,7 +17,7 @@ from .fused import DTYPES, Norm, Size
 from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, packed
 from .time_table import TimeTable
 from .unet import ResBlock, Stage, UNet, check_inputs
-from .workers import workers
+from .workers import on_a_worker, workers
 
 # How a batch is shared out, by the bytes of its first layer; measured on two cores with 1 MiB of
 # second-level cache each. Where a batch is small, cores wait for each other longer than they work;
@@ -133,7 +133,12 @@ class FusedUNet(nn.Module):
         def run(group: Tensor, rows: Tensor) -> Tensor:
             return self._run(group, rows)
 
-        return torch.cat(list(workers(torch.get_num_threads()).map(run, groups, shared)))
+        parts = list(workers(torch.get_num_threads()).map(run, groups, shared))
+        return on_a_worker(torch.cat, parts)
+
+    def uses_workers(self, batch_size: int) -> bool:
+        """Whether samples are shared out among `workers`, instead of each layer among threads."""
+        return self._group_size(batch_size) > 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedUNet:
         """What `to`, `cuda`, `half` and their like call, here to be refused."""

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from . import noise, ops
 from .device import memory_format
+from .inference import FusedUNet
 from .plan import Plan
+from .workers import on_a_worker
 
 if TYPE_CHECKING:
     from .sampler import Sampler
@@ -135,6 +137,15 @@ class Loop:
         output = sampler.network(self.input, self.t, **self.conditions)
         if output.untyped_storage().data_ptr() == self.input.untyped_storage().data_ptr():
             output = output.clone()  # its input, or a view of it: the step writes there
+        network = sampler.network
+        if isinstance(network, FusedUNet) and network.uses_workers(len(self.input)):
+            on_a_worker(self._update, output)
+        else:
+            self._update(output)
+        self.rows.add_(1)
+
+    def _update(self, output: Tensor) -> None:
+        sampler = self.sampler
         ops.p_sample_step_(
             self.x,
             output,
@@ -150,7 +161,6 @@ class Loop:
             next_input=self.input,
             backend=sampler.backend,
         )
-        self.rows.add_(1)
 
     def check_result(self) -> None:
         """RuntimeError for what the steps reported: one look, after the run, that waits for it."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @cache
@@ -28,6 +32,15 @@ def workers(threads: int) -> ThreadPoolExecutor:
     # torch keeps a count for each thread, and another for threads to come, which is mended here.
     torch.set_num_threads(before)
     return pool
+
+
+def on_a_worker(function: Callable[..., T], *arguments: object) -> T:
+    """function(*arguments), in one of the workers.
+
+    Torch's own threads stay asleep then. Woken up for a moment's work, they would wait for more of
+    it on the cores on which the workers are to compute: 5 ms, of 60 of a step.
+    """
+    return workers(torch.get_num_threads()).submit(function, *arguments).result()
 
 
 os.register_at_fork(after_in_child=workers.cache_clear)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -287,6 +288,28 @@ def test_a_place_in_an_odd_batch_changes_no_bit(dtype, threads, two_threads):
             t, labels = torch.full((batch_size,), 500), torch.full((batch_size,), 3)
             outputs.append(network(x, t, labels)[place])
         assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_a_step_leaves_torchs_threads_asleep(two_threads, class_model, monkeypatch):
+    """Where workers compute the network: the update, and what joins their groups."""
+    threads = {}
+
+    def seen(name, function):
+        def call(*arguments, **settings):
+            threads.setdefault(name, set()).add(threading.current_thread().name.split("_")[0])
+            return function(*arguments, **settings)
+
+        return call
+
+    monkeypatch.setattr(ops, "p_sample_step_", seen("step", ops.p_sample_step_))
+    monkeypatch.setattr(torch, "cat", seen("cat", torch.cat))
+    sampler = Sampler.from_model(class_model, dtype=F32, steps=3)
+    for _ in sampler.batches(range(8), batch_size=8, classes=[0]):
+        pass
+    if not sampler.network.uses_workers(8):
+        assert threads["step"] == {"MainThread"}
+    else:
+        assert threads["step"] == {"ddpm"} and "ddpm" in threads["cat"]
 
 
 def test_each_worker_uses_one_core(two_threads):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-FLAGS = ["-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-std=c++20", "-fsyntax-only", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-DDDPM_FAST_WITH_CUDA", "-DUSE_CUDA"]
 # As CMakeLists.txt has them for torch's operators.
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
