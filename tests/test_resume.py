@@ -144,7 +144,8 @@ def test_a_full_disk(arguments, whole, tmp_path, capsys, monkeypatch):
 
 def test_a_folder_that_vanishes(arguments, whole, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        at_step(patch, 8, lambda: shutil.rmtree(tmp_path / "out"))
+        # At one stroke: its files are being written meanwhile.
+        at_step(patch, 8, lambda: (tmp_path / "out").rename(tmp_path / "gone"))
         status, _, err = run(capsys, *arguments, "--quiet")
     assert status == 1 and len(err.splitlines()) == 1 and "0 of 10 samples are in" in err
     assert run(capsys, *arguments)[0] == 0 and contents(tmp_path / "out") == whole
