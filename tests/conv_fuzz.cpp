@@ -4,48 +4,13 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
-#include <random>
 
-#include "../csrc/cpu/conversions.h"
 #include "../csrc/kernels.h"
+#include "fuzz_elements.h"
 
 namespace {
 
 using namespace ddpm_fast;
-
-std::mt19937_64 generator;
-
-int64_t below(int64_t n) { return static_cast<int64_t>(generator() % n); }
-float normal() { return std::normal_distribution<float>()(generator); }
-
-// Exactly as much memory as there are elements, for the address sanitizer; or with a margin that
-// must stay as it was, for what the sanitizer does not see (masked vectors).
-template <class T>
-struct Elements {
-  int64_t count, margin;
-  std::unique_ptr<T[]> memory;
-
-  explicit Elements(int64_t n) : count(n), margin(below(2) * 64), memory(new T[n + 2 * margin]) {
-    for (int64_t i = 0; i < count; ++i) from_float(normal(), data() + i);
-    for (int64_t i = 0; i < margin; ++i) memory[i] = memory[margin + count + i] = sentinel();
-  }
-  static T sentinel() {
-    T value;
-    from_float(12345.0f, &value);
-    return value;
-  }
-  T* data() const { return memory.get() + margin; }
-  bool is_intact() const {
-    const float wanted = to_float(sentinel());
-    for (int64_t i = 0; i < margin; ++i) {
-      if (to_float(memory[i]) != wanted || to_float(memory[margin + count + i]) != wanted) {
-        return false;
-      }
-    }
-    return true;
-  }
-};
 
 ConvShape random_shape() {
   static const int64_t kChannels[] = {1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 40, 48, 65, 100, 130};
