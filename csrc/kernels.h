@@ -60,7 +60,7 @@ struct CpuKernels {
   void (*group_norm)(const GroupNormArgs&, int64_t begin, int64_t end, float* memory);
 };
 
-// Convolutions of one dtype.
+// Convolutions of one dtype by one algorithm.
 struct ConvKernels {
   const char* name;
   int64_t (*packed_elements)(const ConvShape&);  // of these, size and out_size are not read
@@ -71,8 +71,9 @@ struct ConvKernels {
   void (*conv2d)(const ConvArgs&, int64_t begin, int64_t end, void* memory);
 };
 
-// Null where the level in use is below AVX-512, and for bfloat16 where the CPU lacks AVX512-BF16.
-const ConvKernels* conv_kernels(DType dtype);
+// tile: 0 for the sums themselves; 2 or 4 for Winograd's tiles of as many outputs squared, which are
+// for kernels of 3 x 3 and stride 1. Null where the level in use, or for bfloat16 the CPU, lacks it.
+const ConvKernels* conv_kernels(DType dtype, int64_t tile);
 
 // The level in use: DDPM_FAST_CPU (baseline, avx2, avx512), else the best that this CPU has.
 // Throws std::runtime_error if the variable asks for a level that is not there.
@@ -83,7 +84,8 @@ int cpu_levels(const char* names[3], bool available_only);
 extern const CpuKernels kBaselineKernels;
 extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
-extern const ConvKernels kAvx512Conv;
+extern const ConvKernels kAvx2Conv[3];
+extern const ConvKernels kAvx512Conv[3];  // by half a tile
 extern const ConvKernels kAvx512Bf16Conv;
 
 // Launchers; each returns cudaError_t. A bad row of a step leaves its sample as it was and sets the

@@ -11,15 +11,18 @@ using Pair = std::vector<int64_t>;
 constexpr int64_t kMostTaps = 1 << 10;       // along a side
 constexpr int64_t kGrainProducts = 500'000;  // that are worth a thread
 
-// Of the tensors' dtype.
-const ConvKernels& kernels_for(const char* name, const Tensor& t) {
+// Of the tensor's dtype.
+const ConvKernels& kernels_for(const char* name, const Tensor& t, int64_t tile) {
   const bool is_bfloat16 = t.scalar_type() == ScalarType::BFloat16;
   require(is_bfloat16 || t.scalar_type() == ScalarType::Float, name,
           " must be float32 or bfloat16, but it is ", dtype_name(t.scalar_type()), ".");
   require_aligned(name, t.const_data_ptr(), t.element_size());
-  const ConvKernels* found = conv_kernels(is_bfloat16 ? DType::kBFloat16 : DType::kFloat32);
-  require(found != nullptr, "conv2d needs a CPU with ", is_bfloat16 ? "AVX512-BF16" : "AVX-512",
-          ", and DDPM_FAST_CPU not below avx512; use torch.nn.functional.conv2d.");
+  require(tile == 0 || (!is_bfloat16 && (tile == 2 || tile == 4)),
+          "tile must be 0, or in float32 also 2 or 4, but it is ", tile, ".");
+  const ConvKernels* found = conv_kernels(is_bfloat16 ? DType::kBFloat16 : DType::kFloat32, tile);
+  require(found != nullptr, "conv2d needs a CPU with ", is_bfloat16 ? "AVX512-BF16" : "AVX2",
+          ", and DDPM_FAST_CPU not below ", is_bfloat16 ? "avx512" : "avx2",
+          "; use torch.nn.functional.conv2d.");
   return *found;
 }
 
@@ -77,6 +80,12 @@ ConvShape shape_of(const Tensor& x, int64_t out_channels, const Pair& kernel_siz
   return shape;
 }
 
+void require_tiles(const ConvShape& shape, int64_t tile) {
+  const bool fits = shape.kernel[0] == 3 && shape.kernel[1] == 3;
+  require(tile == 0 || fits, "tile ", tile, " is for kernels of 3 x 3, but this is ",
+          shape.kernel[0], " x ", shape.kernel[1], "; use tile 0.");
+}
+
 void run(const ConvKernels& kernel, ConvArgs args) {
   ConvShape& shape = args.shape;
   const int64_t taps = shape.kernel[0] * shape.kernel[1];
@@ -101,8 +110,8 @@ void run(const ConvKernels& kernel, ConvArgs args) {
 
 }  // namespace
 
-Tensor pack_conv2d(Tensor weight) {
-  const ConvKernels& kernel = kernels_for("weight", weight);
+Tensor pack_conv2d(Tensor weight, int64_t tile) {
+  const ConvKernels& kernel = kernels_for("weight", weight, tile);
   require(weight.is_cpu() && weight.dim() == 4 && weight.numel() > 0,
           "weight must be on the CPU, of the shape (O, I, kH, kW) and not empty, but it is ",
           shape_text(weight), ".");
@@ -111,6 +120,7 @@ Tensor pack_conv2d(Tensor weight) {
   shape.out_channels = weight.size(0);
   shape.in_channels = weight.size(1);
   set_pair("the weight's kernel", {weight.size(2), weight.size(3)}, 1, shape.kernel);
+  require_tiles(shape, tile);
   const std::vector<int64_t> size{kernel.packed_elements(shape)};
   Tensor packed = torch::stable::new_empty(weight, size);
   kernel.pack(shape, weight.const_data_ptr(), packed.mutable_data_ptr());
@@ -118,12 +128,17 @@ Tensor pack_conv2d(Tensor weight) {
 }
 
 Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
-              int64_t out_channels, Pair kernel_size, Pair stride, Pair padding) {
-  const ConvKernels& kernel = kernels_for("x", x);
+              int64_t out_channels, Pair kernel_size, Pair stride, Pair padding,
+              int64_t tile) {
+  const ConvKernels& kernel = kernels_for("x", x, tile);
   const ScalarType dtype = x.scalar_type();
   require_image("x", x, dtype);
   ConvArgs args{};
   const ConvShape& shape = args.shape = shape_of(x, out_channels, kernel_size, stride, padding);
+  require_tiles(shape, tile);
+  require(tile == 0 || shape.stride[0] * shape.stride[1] == 1, "tile ", tile,
+          " is for stride 1, but it is ", shape.stride[0], " and ", shape.stride[1],
+          "; use tile 0.");
   require_dtype("weight", weight, dtype);
   require(
       weight.is_cpu() && weight.is_contiguous() && weight.numel() == kernel.packed_elements(shape),

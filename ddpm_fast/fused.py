@@ -54,14 +54,24 @@ class Conv(nn.Module):
         self.shape, self.size = tuple(weight.shape), size
         self.is_own = ops.is_conv2d_fastest(dtype)
         self.place = (list(padding), list(stride), [1, 1], 1)
-        self.own_place = (self.shape[0], list(self.shape[2:]), list(stride), list(padding))
+        tile = self._tile(dtype) if self.is_own else 0
+        self.own_place = (self.shape[0], list(self.shape[2:]), list(stride), list(padding), tile)
         bias_dtype = torch.float32 if self.is_own else dtype
         self.bias = None if bias is None else bias.detach().to(bias_dtype, copy=True)
         weight = weight.to(dtype, copy=True, memory_format=torch.channels_last)
         if self.is_own:
-            self.is_fused, self.weight = True, ops.pack_conv2d(weight)
+            self.is_fused, self.weight = True, ops.pack_conv2d(weight, tile)
         else:
             self._take(weight)
+
+    def _tile(self, dtype: torch.dtype) -> int:
+        import os
+        _, stride, _, _ = self.place
+        if self.shape[2:] != (3, 3) or stride != [1, 1] or dtype != torch.float32 or min(self.shape[:2]) < 16:
+            return 0
+        side = min(self.size)
+        m = eval(os.environ.get('TILES', '{4:2,8:4,16:4,32:4,28:4,14:4,7:4}'))
+        return m.get(side, 0)
 
     def _take(self, weight: Tensor) -> None:
         self.is_fused = is_packable(weight.dtype)

@@ -213,12 +213,12 @@ def is_conv2d_fastest(dtype: torch.dtype) -> bool:
     return conv_kernels(dtype) is not None
 
 
-def pack_conv2d(weight: Tensor) -> Tensor:
+def pack_conv2d(weight: Tensor, tile: int = 0) -> Tensor:
     """A convolution's weight (O, I, kH, kW), float32 or bfloat16, as `conv2d` reads it: flat.
 
     Raises RuntimeError where it is not so, and as `conv2d`.
     """
-    return torch.ops.ddpm_fast.pack_conv2d.default(weight)
+    return torch.ops.ddpm_fast.pack_conv2d.default(weight, tile)
 
 
 def conv2d(
@@ -230,6 +230,7 @@ def conv2d(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
+    tile: int = 0,
 ) -> Tensor:
     """A convolution, as torch's, plus residual: summed in float32, rounded once.
 
@@ -240,7 +241,7 @@ def conv2d(
     without AVX512-BF16 for bfloat16.
     """
     return torch.ops.ddpm_fast.conv2d.default(
-        x, weight, bias, residual, out_channels, kernel_size, stride, padding
+        x, weight, bias, residual, out_channels, kernel_size, stride, padding, tile
     )
 
 
@@ -282,12 +283,12 @@ def _register() -> None:
         _require_one_device(*(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
 
     @torch.library.register_fake("ddpm_fast::pack_conv2d")
-    def _(weight):
+    def _(weight, tile=0):
         # The kernel alone knows how wide its blocks are.
         return weight.new_empty(torch.library.get_ctx().new_dynamic_size())
 
     @torch.library.register_fake("ddpm_fast::conv2d")
-    def _(x, weight, bias, residual, out_channels, kernel_size, stride, padding):
+    def _(x, weight, bias, residual, out_channels, kernel_size, stride, padding, tile=0):
         _require_one_device(x, weight, bias, residual)
         size = [
             (x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)

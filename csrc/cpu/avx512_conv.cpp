@@ -1,7 +1,7 @@
 // AVX-512: convolutions of float32, sixteen sums at a time.
 #include <immintrin.h>
 
-#include "conv_loop.h"
+#include "winograd_loop.h"
 
 namespace ddpm_fast {
 namespace {
@@ -24,7 +24,12 @@ struct Avx512Products {
     return _mm256_fmadd_ps(weights, _mm512_castps512_ps256(shared), sum);
   }
   static F widened(Half x) { return _mm512_zextps256_ps512(x); }
+  static F set(float x) { return _mm512_set1_ps(x); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 
   // Of the first `count` lanes; the others are zero, or stay as they were.
   static __mmask16 lanes(int64_t count) {
@@ -36,6 +41,8 @@ struct Avx512Products {
 
 }  // namespace
 
-const ConvKernels kAvx512Conv = conv_kernels<Avx512Products>("avx512");
+const ConvKernels kAvx512Conv[] = {conv_kernels<Avx512Products>("avx512"),
+                                   winograd_kernels<Avx512Products, 2>("avx512"),
+                                   winograd_kernels<Avx512Products, 4>("avx512")};
 
 }  // namespace ddpm_fast

@@ -69,12 +69,18 @@ const CpuKernels& cpu_kernels() {
   return *kernels;
 }
 
-const ConvKernels* conv_kernels([[maybe_unused]] DType dtype) {
+const ConvKernels* conv_kernels([[maybe_unused]] DType dtype, [[maybe_unused]] int64_t tile) {
 #ifdef DDPM_FAST_X86
-  if (&cpu_kernels() != &kAvx512Kernels) return nullptr;
+  const CpuKernels* level = &cpu_kernels();
+  if (dtype == DType::kFloat32 && (tile == 0 || tile == 2 || tile == 4)) {
+    if (level == &kAvx512Kernels) return &kAvx512Conv[tile / 2];
+    if (level == &kAvx2Kernels) return &kAvx2Conv[tile / 2];
+  }
   __builtin_cpu_init();
-  if (dtype == DType::kFloat32) return &kAvx512Conv;
-  if (dtype == DType::kBFloat16 && __builtin_cpu_supports("avx512bf16")) return &kAvx512Bf16Conv;
+  if (dtype == DType::kBFloat16 && tile == 0 && level == &kAvx512Kernels &&
+      __builtin_cpu_supports("avx512bf16")) {
+    return &kAvx512Bf16Conv;
+  }
 #endif
   return nullptr;
 }
