@@ -63,6 +63,7 @@ struct CpuKernels {
 // Convolutions of one dtype by one algorithm.
 struct ConvKernels {
   const char* name;
+  DType packed;                                  // of the packed weight
   int64_t (*packed_elements)(const ConvShape&);  // of these, size and out_size are not read
   void (*pack)(const ConvShape&, const void* weight, void* packed);  // (O, I, kH, kW)
   // The work's units, which may be cut anywhere: each costs as much as any other of its layer.
@@ -86,7 +87,7 @@ extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
 extern const ConvKernels kAvx2Conv[3];
 extern const ConvKernels kAvx512Conv[3];  // by half a tile
-extern const ConvKernels kAvx512Bf16Conv;
+extern const ConvKernels kAvx512Bf16Conv[3];
 
 // Launchers; each returns cudaError_t. A bad row of a step leaves its sample as it was and sets the
 // status; a bad timestep makes its sample NaN.

@@ -17,13 +17,18 @@ const ConvKernels& kernels_for(const char* name, const Tensor& t, int64_t tile) 
   require(is_bfloat16 || t.scalar_type() == ScalarType::Float, name,
           " must be float32 or bfloat16, but it is ", dtype_name(t.scalar_type()), ".");
   require_aligned(name, t.const_data_ptr(), t.element_size());
-  require(tile == 0 || (!is_bfloat16 && (tile == 2 || tile == 4)),
-          "tile must be 0, or in float32 also 2 or 4, but it is ", tile, ".");
+  require(tile == 0 || tile == 2 || tile == 4, "tile must be 0, 2 or 4, but it is ", tile, ".");
   const ConvKernels* found = conv_kernels(is_bfloat16 ? DType::kBFloat16 : DType::kFloat32, tile);
   require(found != nullptr, "conv2d needs a CPU with ", is_bfloat16 ? "AVX512-BF16" : "AVX2",
           ", and DDPM_FAST_CPU not below ", is_bfloat16 ? "avx512" : "avx2",
           "; use torch.nn.functional.conv2d.");
   return *found;
+}
+
+ScalarType packed_dtype(const ConvKernels& kernel) {
+  return kernel.packed == DType::kFloat32    ? ScalarType::Float
+         : kernel.packed == DType::kBFloat16 ? ScalarType::BFloat16
+                                             : ScalarType::Half;
 }
 
 // (height, width), each of them at least `least`.
@@ -122,7 +127,7 @@ Tensor pack_conv2d(Tensor weight, int64_t tile) {
   set_pair("the weight's kernel", {weight.size(2), weight.size(3)}, 1, shape.kernel);
   require_tiles(shape, tile);
   const std::vector<int64_t> size{kernel.packed_elements(shape)};
-  Tensor packed = torch::stable::new_empty(weight, size);
+  Tensor packed = torch::stable::new_empty(weight, size, packed_dtype(kernel));
   kernel.pack(shape, weight.const_data_ptr(), packed.mutable_data_ptr());
   return packed;
 }
@@ -139,7 +144,7 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
   require(tile == 0 || shape.stride[0] * shape.stride[1] == 1, "tile ", tile,
           " is for stride 1, but it is ", shape.stride[0], " and ", shape.stride[1],
           "; use tile 0.");
-  require_dtype("weight", weight, dtype);
+  require_dtype("weight", weight, packed_dtype(kernel));
   require(
       weight.is_cpu() && weight.is_contiguous() && weight.numel() == kernel.packed_elements(shape),
       "weight must be what pack_conv2d makes of a weight (", out_channels, ", ", shape.in_channels,

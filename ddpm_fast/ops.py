@@ -285,7 +285,9 @@ def _register() -> None:
     @torch.library.register_fake("ddpm_fast::pack_conv2d")
     def _(weight, tile=0):
         # The kernel alone knows how wide its blocks are.
-        return weight.new_empty(torch.library.get_ctx().new_dynamic_size())
+        is_half = tile > 0 and weight.dtype == torch.bfloat16
+        dtype = torch.float16 if is_half else weight.dtype
+        return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=dtype)
 
     @torch.library.register_fake("ddpm_fast::conv2d")
     def _(x, weight, bias, residual, out_channels, kernel_size, stride, padding, tile=0):

@@ -8,6 +8,7 @@ namespace {
 
 struct Avx2Products {
   using Element = float;
+  using Stored = float;
   using F = __m256;
   using Half = __m128;
   using Weights = __m256;
@@ -48,7 +49,7 @@ struct Avx2Products {
 }  // namespace
 
 const ConvKernels kAvx2Conv[] = {conv_kernels<Avx2Products>("avx2"),
-                                 winograd_kernels<Avx2Products, 2>("avx2"),
-                                 winograd_kernels<Avx2Products, 4>("avx2")};
+                                 winograd_kernels<Avx2Products, float, 2>("avx2"),
+                                 winograd_kernels<Avx2Products, float, 4>("avx2")};
 
 }  // namespace ddpm_fast

@@ -1,21 +1,24 @@
-// AVX-512 with BF16: the products of two neighbouring bfloat16, sixteen sums at a time.
-#include <immintrin.h>
-
-#include "conv_loop.h"
+// AVX-512 with BF16: convolutions of bfloat16. Its products are those of two neighbouring bfloat16,
+// or float32 ones with Winograd's algorithm, which needs fewer by more than these take longer.
+#include "avx512_products.h"
+#include "winograd_loop.h"
 
 namespace ddpm_fast {
 namespace {
 
-struct Avx512Bf16 {
+using Float16 = Half;
+
+DDPM_FAST_INLINE void store_rounded(BFloat16* p, __m512 x, __mmask16 lanes) {
+  _mm256_mask_storeu_epi16(p, lanes, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+struct PairProducts : Avx512Sums {
   using Element = BFloat16;
-  using F = __m512;
-  using Half = __m256;
+  using Stored = BFloat16;
   using Weights = __m512bh;
   using HalfWeights = __m256bh;
-  static constexpr int kLanes = 16, kDepth = 2, kSums = 24, kMostVectors = 4;
+  static constexpr int kDepth = 2;
 
-  static F zero() { return _mm512_setzero_ps(); }
-  static Half half_zero() { return _mm256_setzero_ps(); }
   static Weights load_weights(const Element* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static HalfWeights load_half_weights(const Element* p) {
     return (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -31,25 +34,28 @@ struct Avx512Bf16 {
   static Half half_dot(Half sum, HalfWeights weights, __m512i shared) {
     return _mm256_dpbf16_ps(sum, weights, (__m256bh)_mm512_castsi512_si256(shared));
   }
-  static F widened(Half x) { return _mm512_zextps256_ps512(x); }
-  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static void store(Element* p, F x, int64_t count) { store_rounded(p, x, lanes(count)); }
+};
 
-  // Of the first `count` lanes; the others are zero, or stay as they were.
-  static __mmask16 lanes(int64_t count) {
-    return count >= kLanes ? 0xFFFF : static_cast<__mmask16>((1u << count) - 1);
+// The weights lie in half the memory: float16 is eight times as exact as the bfloat16 of the result.
+struct SmallWeightProducts : Avx512Products {
+  using Stored = Float16;
+  using Avx512Sums::store;
+
+  static Weights load_weights(const Stored* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static F load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(lanes(count), p); }
-  static F load(const Element* p, int64_t count) {
-    const __m256i bits = _mm256_maskz_loadu_epi16(lanes(count), p);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  static HalfWeights load_half_weights(const Stored* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static void store(Element* p, F x, int64_t count) {
-    _mm256_mask_storeu_epi16(p, lanes(count), (__m256i)_mm512_cvtneps_pbh(x));
-  }
+  static void store(BFloat16* p, F x, int64_t count) { store_rounded(p, x, lanes(count)); }
 };
 
 }  // namespace
 
-const ConvKernels kAvx512Bf16Conv = conv_kernels<Avx512Bf16>("avx512_bf16");
+const ConvKernels kAvx512Bf16Conv[] = {
+    conv_kernels<PairProducts>("avx512_bf16"),
+    winograd_kernels<SmallWeightProducts, BFloat16, 2>("avx512_bf16"),
+    winograd_kernels<SmallWeightProducts, BFloat16, 4>("avx512_bf16")};
 
 }  // namespace ddpm_fast

@@ -49,7 +49,7 @@ int64_t packed_elements(const ConvShape& shape) {
 // (O, I, kH, kW) as (block, kH, kW, I / kDepth, lane, kDepth), with zeros where there is nothing.
 template <class D>
 void pack_conv2d(const ConvShape& shape, const typename D::Element* weight,
-                 typename D::Element* packed) {
+                 typename D::Stored* packed) {
   const ConvBlocks<D> blocks(shape.out_channels);
   const int64_t taps = shape.kernel[0] * shape.kernel[1], depth = shape.in_channels;
   for (int64_t block = 0; block < blocks.count; ++block) {

@@ -25,7 +25,8 @@ inline int64_t within(int64_t x, int64_t least, int64_t most) {
 template <class D>
 struct Tile {
   using T = typename D::Element;
-  const T *x, *weight;             // the first pixel's first tap
+  const T* x;                      // the first pixel's first tap
+  const typename D::Stored* weight;
   int64_t pixel, row, weight_row;  // distances: of pixels and the kernel's rows in x, in weight
   int64_t rows, steps;             // the kernel's; in each row, columns * depth / kDepth
   // Of the block's first channel; bias and residual may be null. Pixels are `stride` apart.
@@ -51,7 +52,7 @@ void run_tile(const Tile<D>& tile) {
     if constexpr (kHasHalf) half_sums[p] = D::half_zero();
   }
   for (int64_t r = 0; r < tile.rows; ++r) {
-    const T* weight = tile.weight + r * tile.weight_row;
+    const typename D::Stored* weight = tile.weight + r * tile.weight_row;
     const T* x[kPixels];
     DDPM_FAST_UNROLL
     for (int p = 0; p < kPixels; ++p) x[p] = tile.x + r * tile.row + p * tile.pixel;
@@ -175,7 +176,7 @@ struct ConvRun {
       tile.steps = (last_tap(1, at[1]) - column) * strips.depth / D::kDepth;
       tile.x = part.strip.first + ((at[0] - part.y) * shape.stride[0] + row) * tile.row +
                (at[1] * shape.stride[1] + column) * pixel;
-      tile.weight = static_cast<const T*>(args.weight) +
+      tile.weight = static_cast<const typename D::Stored*>(args.weight) +
                     channel * shape.kernel[0] * shape.kernel[1] * strips.depth +
                     row * tile.weight_row + column * tap;
       const int64_t place =
@@ -237,13 +238,19 @@ void conv2d(const ConvArgs& args, int64_t begin, int64_t end, void* memory) {
   }
 }
 
+constexpr DType dtype_of(float) { return DType::kFloat32; }
+constexpr DType dtype_of(BFloat16) { return DType::kBFloat16; }
+constexpr DType dtype_of(Half) { return DType::kFloat16; }
+
 template <class D>
 constexpr ConvKernels conv_kernels(const char* name) {
   using T = typename D::Element;
   return {name,
+          dtype_of(typename D::Stored{}),
           packed_elements<D>,
           [](const ConvShape& shape, const void* weight, void* packed) {
-            pack_conv2d<D>(shape, static_cast<const T*>(weight), static_cast<T*>(packed));
+            pack_conv2d<D>(shape, static_cast<const T*>(weight),
+                           static_cast<typename D::Stored*>(packed));
           },
           [](const ConvArgs& args) {
             const ConvShape& shape = args.shape;

@@ -71,15 +71,16 @@ const CpuKernels& cpu_kernels() {
 
 const ConvKernels* conv_kernels([[maybe_unused]] DType dtype, [[maybe_unused]] int64_t tile) {
 #ifdef DDPM_FAST_X86
+  if (tile != 0 && tile != 2 && tile != 4) return nullptr;
   const CpuKernels* level = &cpu_kernels();
-  if (dtype == DType::kFloat32 && (tile == 0 || tile == 2 || tile == 4)) {
+  if (dtype == DType::kFloat32) {
     if (level == &kAvx512Kernels) return &kAvx512Conv[tile / 2];
     if (level == &kAvx2Kernels) return &kAvx2Conv[tile / 2];
   }
   __builtin_cpu_init();
-  if (dtype == DType::kBFloat16 && tile == 0 && level == &kAvx512Kernels &&
+  if (dtype == DType::kBFloat16 && level == &kAvx512Kernels &&
       __builtin_cpu_supports("avx512bf16")) {
-    return &kAvx512Bf16Conv;
+    return &kAvx512Bf16Conv[tile / 2];
   }
 #endif
   return nullptr;

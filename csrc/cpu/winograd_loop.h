@@ -5,7 +5,9 @@
 // and input channel instead of 9. The sums over the channels, n^2 of them, each its own place of
 // the tile, are those of conv_loop.h. All is float32; the layer alone decides an output's bits.
 //
-// Written over D, the float32 products of an instruction set, as conv_loop.h.
+// Written over D, the float32 products of an instruction set, as conv_loop.h, and T, the elements of
+// input and output. D::Stored may have less range than float32: each output channel's transformed
+// weights are then stored as multiples of a power of two.
 #pragma once
 
 #include "conv_loop.h"
@@ -78,16 +80,19 @@ struct WinogradMatrices<4> {
   }
 };
 
-// How the work lies in memory: the transformed input and the sums as (place, tile, channel).
+// How the weights, the transformed input and the sums lie in memory: the weights as (block, place,
+// I, lane), each block after its channels' scales, the others as (place, tile, channel).
 template <class D, int m>
 struct WinogradLayout {
   static constexpr int kSide = WinogradMatrices<m>::kPlaces, kPlaces = kSide * kSide;
   static constexpr int64_t kLine = 64 / sizeof(float);
+  // Elements of a scale; 0: there is none.
+  static constexpr int64_t kScale = sizeof(float) / sizeof(typename D::Stored) / 2 * 2;
   const ConvShape& shape;
   ConvBlocks<D> blocks;
-  int64_t depth;              // of a tile's transformed input
+  int64_t depth;                     // of a tile's transformed input
   int64_t tiles_down, tiles_across;  // of a sample
-  int64_t strip;              // tiles that are transformed together
+  int64_t strip;                     // tiles that are transformed together
 
   explicit WinogradLayout(const ConvShape& s)
       : shape(s),
@@ -102,59 +107,93 @@ struct WinogradLayout {
   // From place to place, which must not fall on the same lines of the first-level cache.
   int64_t input_place() const { return strip * depth + kLine; }
   int64_t sums_place() const { return strip * blocks.width + kLine; }
-  int64_t weight_place(int64_t block) const { return shape.in_channels * blocks.lanes(block); }
-  const float* weight(const void* packed, int64_t block) const {
-    return static_cast<const float*>(packed) +
-           block * kPlaces * shape.in_channels * blocks.width;
-  }
+  int64_t weight_place(int64_t lanes) const { return shape.in_channels * lanes; }
   // The input, the sums, and a pixel of zeros.
   int64_t elements() const { return kPlaces * (input_place() + sums_place()) + depth; }
+
+  int64_t packed_elements(int64_t lanes) const {
+    return lanes * kScale + kPlaces * weight_place(lanes);
+  }
+  // All blocks but the last are as wide as the first.
+  int64_t block_at(int64_t block) const { return block * packed_elements(blocks.width); }
 };
 
-// (O, I, 3, 3) as (block, place, I, lane): G g G^T, rounded once.
-template <class D, int m>
-void pack_winograd(const ConvShape& shape, const float* weight, float* packed) {
+// G g G^T of the kernel of output channel o and input channel i.
+template <int m, class T>
+void transform_kernel(const T* g, double* to) {
   using Matrices = WinogradMatrices<m>;
   constexpr int kSide = Matrices::kPlaces;
-  const ConvBlocks<D> blocks(shape.out_channels);
-  for (int64_t block = 0; block < blocks.count; ++block) {
-    const int64_t lanes = blocks.lanes(block), place = shape.in_channels * lanes;
-    for (int64_t i = 0; i < shape.in_channels; ++i) {
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const int64_t o = block * blocks.width + lane;
-        double rows[kSide][3] = {};
-        for (int r = 0; r < kSide && o < shape.out_channels; ++r) {
-          const float* g = weight + (o * shape.in_channels + i) * 9;
-          for (int k = 0; k < 9; ++k) rows[r][k % 3] += Matrices::kKernel[r][k / 3] * g[k];
-        }
-        for (int p = 0; p < kSide * kSide; ++p) {
-          double sum = 0.0;
-          for (int k = 0; k < 3; ++k) sum += rows[p / kSide][k] * Matrices::kKernel[p % kSide][k];
-          packed[p * place + i * lanes + lane] = static_cast<float>(sum);
-        }
-      }
+  for (int i = 0; i < kSide; ++i) {
+    double row[3] = {};
+    for (int k = 0; k < 9; ++k) row[k % 3] += Matrices::kKernel[i][k / 3] * to_float(g[k]);
+    for (int j = 0; j < kSide; ++j) {
+      const double* of = Matrices::kKernel[j];
+      to[i * kSide + j] = row[0] * of[0] + row[1] * of[1] + row[2] * of[2];
     }
-    packed += kSide * kSide * place;
   }
 }
 
-template <class D, int m>
+// The power of two that brings x near to float16's largest, but for what is not finite or 0.
+inline double scale_of(double x) {
+  if (!(x > 0.0 && x < 0x1p128)) return 1.0;
+  int exponent;
+  __builtin_frexp(x, &exponent);
+  return __builtin_ldexp(1.0, exponent - 15);
+}
+
+// weight: (O, I, 3, 3).
+template <class D, class T, int m>
+void pack_winograd(const ConvShape& shape, const T* weight, typename D::Stored* packed) {
+  using Layout = WinogradLayout<D, m>;
+  const Layout layout(shape);
+  const int64_t channels = shape.in_channels;
+  for (int64_t block = 0; block < layout.blocks.count; ++block) {
+    const int64_t lanes = layout.blocks.lanes(block), place = layout.weight_place(lanes);
+    typename D::Stored *scales = packed + layout.block_at(block), *to = scales + lanes * Layout::kScale;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t o = block * layout.blocks.width + lane;
+      const bool exists = o < shape.out_channels;
+      double transformed[Layout::kPlaces] = {}, largest = 0.0;
+      for (int64_t i = 0; Layout::kScale > 0 && exists && i < channels; ++i) {
+        transform_kernel<m>(weight + (o * channels + i) * 9, transformed);
+        for (double x : transformed) largest = __builtin_fabs(x) > largest ? __builtin_fabs(x) : largest;
+      }
+      const float scale = Layout::kScale > 0 ? static_cast<float>(scale_of(largest)) : 1.0f;
+      __builtin_memcpy(scales + lane * Layout::kScale, &scale,
+                       Layout::kScale * sizeof(typename D::Stored));
+      for (int64_t i = 0; i < channels; ++i) {
+        if (exists) transform_kernel<m>(weight + (o * channels + i) * 9, transformed);
+        for (int p = 0; p < Layout::kPlaces; ++p) {
+          from_float(static_cast<float>(transformed[p] / scale), to + p * place + i * lanes + lane);
+        }
+      }
+    }
+  }
+}
+
+template <class D, class T, int m>
 struct WinogradRun {
   using Layout = WinogradLayout<D, m>;
   using Matrices = WinogradMatrices<m>;
   using F = typename D::F;
+  using Stored = typename D::Stored;
   static constexpr int kSide = Layout::kSide, kPlaces = Layout::kPlaces;
   const ConvArgs& args;
   Layout layout;
-  float *input, *sums, *zeros;
+  float *input, *sums;
+  T* zeros;
 
   WinogradRun(const ConvArgs& a, float* memory)
       : args(a),
         layout(a.shape),
         input(memory),
         sums(memory + kPlaces * layout.input_place()),
-        zeros(sums + kPlaces * layout.sums_place()) {
+        zeros(reinterpret_cast<T*>(sums + kPlaces * layout.sums_place())) {
     __builtin_memset(zeros, 0, layout.depth * sizeof *zeros);
+  }
+
+  const Stored* block_of(int64_t block) const {
+    return static_cast<const Stored*>(args.weight) + layout.block_at(block);
   }
 
   // The first row and column of a tile's outputs, and its sample.
@@ -172,9 +211,9 @@ struct WinogradRun {
     const ConvShape& shape = args.shape;
     const Place at = place(tile);
     const int64_t channels = shape.in_channels;
-    const float* x = static_cast<const float*>(args.x) +
-                     at.sample * shape.size[0] * shape.size[1] * channels;
-    const float* pixels[kSide][kSide];
+    const T* x =
+        static_cast<const T*>(args.x) + at.sample * shape.size[0] * shape.size[1] * channels;
+    const T* pixels[kSide][kSide];
     for (int64_t i = 0; i < kSide; ++i) {
       for (int64_t j = 0; j < kSide; ++j) {
         const int64_t row = at.row + i - shape.padding[0], column = at.column + j - shape.padding[1];
@@ -217,9 +256,9 @@ struct WinogradRun {
     tile.steps = args.shape.in_channels;
     tile.stride = layout.blocks.width;
     tile.channels = kHalves * D::kLanes / 2;
-    const float* weight = layout.weight(args.weight, block);
+    const Stored* weight = block_of(block) + layout.blocks.lanes(block) * Layout::kScale;
     for (int p = 0; p < kPlaces; ++p) {
-      tile.weight = weight + p * layout.weight_place(block);
+      tile.weight = weight + p * layout.weight_place(layout.blocks.lanes(block));
       const float* x = input + p * layout.input_place();
       float* out = sums + p * layout.sums_place();
       const int64_t groups = (end - begin + kMost - 1) / kMost;
@@ -255,6 +294,10 @@ struct WinogradRun {
         Matrices::template transform_sums<D>(sum[j]);
       }
       const F bias = args.bias == nullptr ? D::zero() : D::load(args.bias + first + c, count);
+      F scale = D::set(1.0f);
+      if constexpr (Layout::kScale > 0) {
+        scale = D::load(reinterpret_cast<const float*>(block_of(block)) + c, count);
+      }
       DDPM_FAST_UNROLL
       for (int i = 0; i < m; ++i) {
         if (i >= rows) break;
@@ -267,11 +310,11 @@ struct WinogradRun {
           if (j >= columns) break;
           const int64_t place =
               (pixel + i * shape.out_size[1] + j) * shape.out_channels + first + c;
-          F y = D::add(row[j], bias);
+          F y = D::fma(row[j], scale, bias);
           if (args.residual != nullptr) {
-            y = D::add(y, D::load(static_cast<const float*>(args.residual) + place, count));
+            y = D::add(y, D::load(static_cast<const T*>(args.residual) + place, count));
           }
-          D::store(static_cast<float*>(args.out) + place, y, count);
+          D::store(static_cast<T*>(args.out) + place, y, count);
         }
       }
     }
@@ -294,9 +337,9 @@ struct WinogradRun {
 };
 
 // The range is in tiles of one block: all of a strip's, of one block after another; strip by strip.
-template <class D, int m>
+template <class D, class T, int m>
 void winograd_conv2d(const ConvArgs& args, int64_t begin, int64_t end, void* memory) {
-  const WinogradRun<D, m> run(args, static_cast<float*>(memory));
+  const WinogradRun<D, T, m> run(args, static_cast<float*>(memory));
   const int64_t tiles = args.samples * run.layout.tiles(), blocks = run.layout.blocks.count;
   while (begin < end) {
     const int64_t first = begin / (run.layout.strip * blocks) * run.layout.strip;
@@ -315,18 +358,18 @@ void winograd_conv2d(const ConvArgs& args, int64_t begin, int64_t end, void* mem
   }
 }
 
-template <class D, int m>
+template <class D, class T, int m>
 constexpr ConvKernels winograd_kernels(const char* name) {
   return {name,
+          dtype_of(typename D::Stored{}),
           [](const ConvShape& shape) {
             const WinogradLayout<D, m> layout(shape);
-            int64_t lanes = 0;
-            for (int64_t i = 0; i < layout.blocks.count; ++i) lanes += layout.blocks.lanes(i);
-            return lanes * layout.kPlaces * shape.in_channels;
+            const int64_t last = layout.blocks.count - 1;
+            return layout.block_at(last) + layout.packed_elements(layout.blocks.lanes(last));
           },
           [](const ConvShape& shape, const void* weight, void* packed) {
-            pack_winograd<D, m>(shape, static_cast<const float*>(weight),
-                                static_cast<float*>(packed));
+            pack_winograd<D, T, m>(shape, static_cast<const T*>(weight),
+                                   static_cast<typename D::Stored*>(packed));
           },
           [](const ConvArgs& args) {
             const WinogradLayout<D, m> layout(args.shape);
@@ -335,7 +378,7 @@ constexpr ConvKernels winograd_kernels(const char* name) {
           [](const ConvShape& shape) {
             return static_cast<int64_t>(WinogradLayout<D, m>(shape).elements() * sizeof(float));
           },
-          winograd_conv2d<D, m>};
+          winograd_conv2d<D, T, m>};
 }
 
 }  // namespace
