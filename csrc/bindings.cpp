@@ -53,7 +53,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "conv_kernels",
       [](bool bfloat16) -> std::optional<std::string> {
-        const ConvKernels* kernels = conv_kernels(bfloat16 ? DType::kBFloat16 : DType::kFloat32, 0);
+        const ConvKernels* kernels =
+            conv_kernels(bfloat16 ? DType::kBFloat16 : DType::kFloat32, false);
         return kernels == nullptr ? std::nullopt : std::optional<std::string>(kernels->name);
       },
       py::arg("bfloat16"),

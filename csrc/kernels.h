@@ -65,16 +65,17 @@ struct ConvKernels {
   const char* name;
   DType packed;                                  // of the packed weight
   int64_t (*packed_elements)(const ConvShape&);  // of these, size and out_size are not read
-  void (*pack)(const ConvShape&, const void* weight, void* packed);  // (O, I, kH, kW)
+  void (*pack)(const ConvShape&, const float* weight, void* packed);  // (O, I, kH, kW)
   // The work's units, which may be cut anywhere: each costs as much as any other of its layer.
   int64_t (*units)(const ConvArgs&);
   int64_t (*memory_bytes)(const ConvShape&);
   void (*conv2d)(const ConvArgs&, int64_t begin, int64_t end, void* memory);
 };
 
-// tile: 0 for the sums themselves; 2 or 4 for Winograd's tiles of as many outputs squared, which are
-// for kernels of 3 x 3 and stride 1. Null where the level in use, or for bfloat16 the CPU, lacks it.
-const ConvKernels* conv_kernels(DType dtype, int64_t tile);
+// winograd: by Winograd's algorithm, which is for kernels of 3 x 3 and stride 1. Null where the
+// level in use is below AVX2, and for bfloat16 where it is below AVX-512 or the CPU lacks
+// AVX512-BF16.
+const ConvKernels* conv_kernels(DType dtype, bool winograd);
 
 // The level in use: DDPM_FAST_CPU (baseline, avx2, avx512), else the best that this CPU has.
 // Throws std::runtime_error if the variable asks for a level that is not there.
@@ -85,9 +86,9 @@ int cpu_levels(const char* names[3], bool available_only);
 extern const CpuKernels kBaselineKernels;
 extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
-extern const ConvKernels kAvx2Conv[3];
-extern const ConvKernels kAvx512Conv[3];  // by half a tile
-extern const ConvKernels kAvx512Bf16Conv[3];
+extern const ConvKernels kAvx2Conv, kAvx2Winograd;
+extern const ConvKernels kAvx512Conv, kAvx512Winograd;
+extern const ConvKernels kAvx512Bf16Conv, kAvx512Bf16Winograd;
 
 // Launchers; each returns cudaError_t. A bad row of a step leaves its sample as it was and sets the
 // status; a bad timestep makes its sample NaN.

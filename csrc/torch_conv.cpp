@@ -11,14 +11,12 @@ using Pair = std::vector<int64_t>;
 constexpr int64_t kMostTaps = 1 << 10;       // along a side
 constexpr int64_t kGrainProducts = 500'000;  // that are worth a thread
 
-// Of the tensor's dtype.
-const ConvKernels& kernels_for(const char* name, const Tensor& t, int64_t tile) {
-  const bool is_bfloat16 = t.scalar_type() == ScalarType::BFloat16;
-  require(is_bfloat16 || t.scalar_type() == ScalarType::Float, name,
-          " must be float32 or bfloat16, but it is ", dtype_name(t.scalar_type()), ".");
-  require_aligned(name, t.const_data_ptr(), t.element_size());
-  require(tile == 0 || tile == 2 || tile == 4, "tile must be 0, 2 or 4, but it is ", tile, ".");
-  const ConvKernels* found = conv_kernels(is_bfloat16 ? DType::kBFloat16 : DType::kFloat32, tile);
+const ConvKernels& kernels_for(ScalarType dtype, bool winograd) {
+  const bool is_bfloat16 = dtype == ScalarType::BFloat16;
+  require(is_bfloat16 || dtype == ScalarType::Float,
+          "conv2d is for float32 and bfloat16, but the dtype is ", dtype_name(dtype), ".");
+  const ConvKernels* found =
+      conv_kernels(is_bfloat16 ? DType::kBFloat16 : DType::kFloat32, winograd);
   require(found != nullptr, "conv2d needs a CPU with ", is_bfloat16 ? "AVX512-BF16" : "AVX2",
           ", and DDPM_FAST_CPU not below ", is_bfloat16 ? "avx512" : "avx2",
           "; use torch.nn.functional.conv2d.");
@@ -85,10 +83,10 @@ ConvShape shape_of(const Tensor& x, int64_t out_channels, const Pair& kernel_siz
   return shape;
 }
 
-void require_tiles(const ConvShape& shape, int64_t tile) {
-  const bool fits = shape.kernel[0] == 3 && shape.kernel[1] == 3;
-  require(tile == 0 || fits, "tile ", tile, " is for kernels of 3 x 3, but this is ",
-          shape.kernel[0], " x ", shape.kernel[1], "; use tile 0.");
+void require_3x3(const ConvShape& shape) {
+  require(shape.kernel[0] == 3 && shape.kernel[1] == 3,
+          "winograd is for kernels of 3 x 3, but this is ", shape.kernel[0], " x ", shape.kernel[1],
+          ".");
 }
 
 void run(const ConvKernels& kernel, ConvArgs args) {
@@ -115,8 +113,9 @@ void run(const ConvKernels& kernel, ConvArgs args) {
 
 }  // namespace
 
-Tensor pack_conv2d(Tensor weight, int64_t tile) {
-  const ConvKernels& kernel = kernels_for("weight", weight, tile);
+Tensor pack_conv2d(Tensor weight, ScalarType dtype, bool winograd) {
+  const ConvKernels& kernel = kernels_for(dtype, winograd);
+  require_dtype("weight", weight, ScalarType::Float);
   require(weight.is_cpu() && weight.dim() == 4 && weight.numel() > 0,
           "weight must be on the CPU, of the shape (O, I, kH, kW) and not empty, but it is ",
           shape_text(weight), ".");
@@ -125,25 +124,25 @@ Tensor pack_conv2d(Tensor weight, int64_t tile) {
   shape.out_channels = weight.size(0);
   shape.in_channels = weight.size(1);
   set_pair("the weight's kernel", {weight.size(2), weight.size(3)}, 1, shape.kernel);
-  require_tiles(shape, tile);
+  if (winograd) require_3x3(shape);
   const std::vector<int64_t> size{kernel.packed_elements(shape)};
   Tensor packed = torch::stable::new_empty(weight, size, packed_dtype(kernel));
-  kernel.pack(shape, weight.const_data_ptr(), packed.mutable_data_ptr());
+  kernel.pack(shape, read<float>(weight), packed.mutable_data_ptr());
   return packed;
 }
 
 Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
-              int64_t out_channels, Pair kernel_size, Pair stride, Pair padding,
-              int64_t tile) {
-  const ConvKernels& kernel = kernels_for("x", x, tile);
+              int64_t out_channels, Pair kernel_size, Pair stride, Pair padding, bool winograd) {
   const ScalarType dtype = x.scalar_type();
+  const ConvKernels& kernel = kernels_for(dtype, winograd);
   require_image("x", x, dtype);
   ConvArgs args{};
   const ConvShape& shape = args.shape = shape_of(x, out_channels, kernel_size, stride, padding);
-  require_tiles(shape, tile);
-  require(tile == 0 || shape.stride[0] * shape.stride[1] == 1, "tile ", tile,
-          " is for stride 1, but it is ", shape.stride[0], " and ", shape.stride[1],
-          "; use tile 0.");
+  if (winograd) {
+    require_3x3(shape);
+    require(shape.stride[0] == 1 && shape.stride[1] == 1, "winograd is for stride 1, but it is ",
+            shape.stride[0], " and ", shape.stride[1], ".");
+  }
   require_dtype("weight", weight, packed_dtype(kernel));
   require(
       weight.is_cpu() && weight.is_contiguous() && weight.numel() == kernel.packed_elements(shape),

@@ -19,10 +19,10 @@ void p_sample_step_(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor
 void group_norm(Tensor out, Tensor x, std::optional<Tensor> skip, std::optional<Tensor> shift,
                 Tensor weight, Tensor bias, int64_t groups, double eps, bool silu);
 // In torch_conv.cpp.
-Tensor pack_conv2d(Tensor weight, int64_t tile);
+Tensor pack_conv2d(Tensor weight, ScalarType dtype, bool winograd);
 Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
               int64_t out_channels, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
-              std::vector<int64_t> padding, int64_t tile);
+              std::vector<int64_t> padding, bool winograd);
 
 namespace {
 
@@ -140,10 +140,10 @@ STABLE_TORCH_LIBRARY(ddpm_fast, m) {
   m.def(
       "group_norm(Tensor(a!) out, Tensor x, Tensor? skip, Tensor? shift, Tensor weight, "
       "Tensor bias, int groups, float eps, bool silu) -> ()");
-  m.def("pack_conv2d(Tensor weight, int tile=0) -> Tensor");
+  m.def("pack_conv2d(Tensor weight, ScalarType dtype, bool winograd=False) -> Tensor");
   m.def(
       "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int out_channels, "
-      "int[] kernel_size, int[] stride, int[] padding, int tile=0) -> Tensor");
+      "int[] kernel_size, int[] stride, int[] padding, bool winograd=False) -> Tensor");
 }
 
 void implement(torch::stable::detail::StableLibrary& m) {

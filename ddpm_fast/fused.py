@@ -16,6 +16,8 @@ from . import ops
 
 Size = tuple[int, int]
 DTYPES = (torch.float32, torch.bfloat16)
+# Channels on either side from which Winograd's algorithm pays, measured with AVX-512.
+FEWEST_FOR_WINOGRAD = {torch.float32: 16, torch.bfloat16: 64}
 _onednn = torch.ops.mkldnn
 
 
@@ -54,24 +56,23 @@ class Conv(nn.Module):
         self.shape, self.size = tuple(weight.shape), size
         self.is_own = ops.is_conv2d_fastest(dtype)
         self.place = (list(padding), list(stride), [1, 1], 1)
-        tile = self._tile(dtype) if self.is_own else 0
-        self.own_place = (self.shape[0], list(self.shape[2:]), list(stride), list(padding), tile)
+        winograd = self._is_for_winograd(stride, dtype)
+        kernel = list(self.shape[2:])
+        self.own_place = (self.shape[0], kernel, list(stride), list(padding), winograd)
         bias_dtype = torch.float32 if self.is_own else dtype
         self.bias = None if bias is None else bias.detach().to(bias_dtype, copy=True)
-        weight = weight.to(dtype, copy=True, memory_format=torch.channels_last)
         if self.is_own:
-            self.is_fused, self.weight = True, ops.pack_conv2d(weight, tile)
+            self.is_fused, self.weight = True, ops.pack_conv2d(weight.float(), dtype, winograd)
         else:
-            self._take(weight)
+            self._take(weight.to(dtype, copy=True, memory_format=torch.channels_last))
 
-    def _tile(self, dtype: torch.dtype) -> int:
-        import os
-        _, stride, _, _ = self.place
-        if self.shape[2:] != (3, 3) or stride != [1, 1] or min(self.shape[:2]) < 16:
-            return 0
-        side = min(self.size)
-        m = eval(os.environ.get('TILES', '{4:2,8:4,16:4,32:4,28:4,14:4,7:4}'))
-        return m.get(side, 0)
+    def _is_for_winograd(self, stride: Size, dtype: torch.dtype) -> bool:
+        """Whether our own convolution is faster so: with few channels the transformation costs more
+        than is saved, in small images the weights, four times as many, are read for too little.
+        """
+        channels, pixels = min(self.shape[:2]), self.size[0] * self.size[1]
+        is_possible = self.shape[2:] == (3, 3) and tuple(stride) == (1, 1)
+        return is_possible and channels >= FEWEST_FOR_WINOGRAD[dtype] and pixels >= 49
 
     def _take(self, weight: Tensor) -> None:
         self.is_fused = is_packable(weight.dtype)

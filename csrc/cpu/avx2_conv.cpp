@@ -48,8 +48,7 @@ struct Avx2Products {
 
 }  // namespace
 
-const ConvKernels kAvx2Conv[] = {conv_kernels<Avx2Products>("avx2"),
-                                 winograd_kernels<Avx2Products, float, 2>("avx2"),
-                                 winograd_kernels<Avx2Products, float, 4>("avx2")};
+const ConvKernels kAvx2Conv = conv_kernels<Avx2Products>("avx2");
+const ConvKernels kAvx2Winograd = winograd_kernels<Avx2Products, float>("avx2");
 
 }  // namespace ddpm_fast

@@ -37,7 +37,8 @@ struct PairProducts : Avx512Sums {
   static void store(Element* p, F x, int64_t count) { store_rounded(p, x, lanes(count)); }
 };
 
-// The weights lie in half the memory: float16 is eight times as exact as the bfloat16 of the result.
+// The weights lie in half the memory: float16 is eight times as exact as the bfloat16 of the
+// result.
 struct SmallWeightProducts : Avx512Products {
   using Stored = Float16;
   using Avx512Sums::store;
@@ -53,9 +54,8 @@ struct SmallWeightProducts : Avx512Products {
 
 }  // namespace
 
-const ConvKernels kAvx512Bf16Conv[] = {
-    conv_kernels<PairProducts>("avx512_bf16"),
-    winograd_kernels<SmallWeightProducts, BFloat16, 2>("avx512_bf16"),
-    winograd_kernels<SmallWeightProducts, BFloat16, 4>("avx512_bf16")};
+const ConvKernels kAvx512Bf16Conv = conv_kernels<PairProducts>("avx512_bf16");
+const ConvKernels kAvx512Bf16Winograd =
+    winograd_kernels<SmallWeightProducts, BFloat16>("avx512_bf16");
 
 }  // namespace ddpm_fast

@@ -4,8 +4,7 @@
 
 namespace ddpm_fast {
 
-const ConvKernels kAvx512Conv[] = {conv_kernels<Avx512Products>("avx512"),
-                                   winograd_kernels<Avx512Products, float, 2>("avx512"),
-                                   winograd_kernels<Avx512Products, float, 4>("avx512")};
+const ConvKernels kAvx512Conv = conv_kernels<Avx512Products>("avx512");
+const ConvKernels kAvx512Winograd = winograd_kernels<Avx512Products, float>("avx512");
 
 }  // namespace ddpm_fast

@@ -48,8 +48,7 @@ int64_t packed_elements(const ConvShape& shape) {
 
 // (O, I, kH, kW) as (block, kH, kW, I / kDepth, lane, kDepth), with zeros where there is nothing.
 template <class D>
-void pack_conv2d(const ConvShape& shape, const typename D::Element* weight,
-                 typename D::Stored* packed) {
+void pack_conv2d(const ConvShape& shape, const float* weight, typename D::Stored* packed) {
   const ConvBlocks<D> blocks(shape.out_channels);
   const int64_t taps = shape.kernel[0] * shape.kernel[1], depth = shape.in_channels;
   for (int64_t block = 0; block < blocks.count; ++block) {
@@ -59,7 +58,7 @@ void pack_conv2d(const ConvShape& shape, const typename D::Element* weight,
           const int64_t o = block * blocks.width + lane;
           for (int64_t k = i; k < i + D::kDepth; ++k) {
             const bool exists = o < shape.out_channels && k < depth;
-            *packed++ = exists ? weight[(o * depth + k) * taps + tap] : typename D::Element{};
+            from_float(exists ? weight[(o * depth + k) * taps + tap] : 0.0f, packed++);
           }
         }
       }

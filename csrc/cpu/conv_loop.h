@@ -25,7 +25,7 @@ inline int64_t within(int64_t x, int64_t least, int64_t most) {
 template <class D>
 struct Tile {
   using T = typename D::Element;
-  const T* x;                      // the first pixel's first tap
+  const T* x;  // the first pixel's first tap
   const typename D::Stored* weight;
   int64_t pixel, row, weight_row;  // distances: of pixels and the kernel's rows in x, in weight
   int64_t rows, steps;             // the kernel's; in each row, columns * depth / kDepth
@@ -248,9 +248,8 @@ constexpr ConvKernels conv_kernels(const char* name) {
   return {name,
           dtype_of(typename D::Stored{}),
           packed_elements<D>,
-          [](const ConvShape& shape, const void* weight, void* packed) {
-            pack_conv2d<D>(shape, static_cast<const T*>(weight),
-                           static_cast<typename D::Stored*>(packed));
+          [](const ConvShape& shape, const float* weight, void* packed) {
+            pack_conv2d<D>(shape, weight, static_cast<typename D::Stored*>(packed));
           },
           [](const ConvArgs& args) {
             const ConvShape& shape = args.shape;

@@ -69,18 +69,17 @@ const CpuKernels& cpu_kernels() {
   return *kernels;
 }
 
-const ConvKernels* conv_kernels([[maybe_unused]] DType dtype, [[maybe_unused]] int64_t tile) {
+const ConvKernels* conv_kernels([[maybe_unused]] DType dtype, [[maybe_unused]] bool winograd) {
 #ifdef DDPM_FAST_X86
-  if (tile != 0 && tile != 2 && tile != 4) return nullptr;
   const CpuKernels* level = &cpu_kernels();
   if (dtype == DType::kFloat32) {
-    if (level == &kAvx512Kernels) return &kAvx512Conv[tile / 2];
-    if (level == &kAvx2Kernels) return &kAvx2Conv[tile / 2];
+    if (level == &kAvx512Kernels) return winograd ? &kAvx512Winograd : &kAvx512Conv;
+    if (level == &kAvx2Kernels) return winograd ? &kAvx2Winograd : &kAvx2Conv;
   }
   __builtin_cpu_init();
   if (dtype == DType::kBFloat16 && level == &kAvx512Kernels &&
       __builtin_cpu_supports("avx512bf16")) {
-    return &kAvx512Bf16Conv[tile / 2];
+    return winograd ? &kAvx512Bf16Winograd : &kAvx512Bf16Conv;
   }
 #endif
   return nullptr;
