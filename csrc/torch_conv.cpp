@@ -1,4 +1,6 @@
 // Convolutions for torch: their checks, and the kernel over all cores.
+#include <atomic>
+#include <new>
 #include <vector>
 
 #include "torch_run.h"
@@ -56,10 +58,12 @@ Tensor empty_image(ScalarType dtype, int64_t n, int64_t channels, int64_t height
   const int64_t sizes[] = {n, channels, height, width};
   const int64_t strides[] = {channels * height * width, 1, channels * width, channels};
   AtenTensorHandle image;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const auto failed = aoti_torch_empty_strided(
       4, sizes, strides,
       dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(),
-      aoti_torch_device_type_cpu(), 0, &image));
+      aoti_torch_device_type_cpu(), 0, &image);
+  require(!failed, "there is not enough memory for a result of ", n, " x ", channels, " x ", height,
+          " x ", width, " ", dtype_name(dtype), "; use smaller batches.");
   return Tensor(image);
 }
 
@@ -92,23 +96,32 @@ void require_3x3(const ConvShape& shape) {
 void run(const ConvKernels& kernel, ConvArgs args) {
   ConvShape& shape = args.shape;
   const int64_t taps = shape.kernel[0] * shape.kernel[1];
-  if (taps * shape.stride[0] * shape.stride[1] == 1 && shape.padding[0] + shape.padding[1] == 0) {
-    // Pixels do not see each other: all are one row, with fewer tiles cut short.
+  if (taps * shape.stride[0] * shape.stride[1] == 1 && shape.padding[0] + shape.padding[1] == 0 &&
+      kernel.memory_bytes(shape) == 0) {
+    // Pixels do not see each other: all are one row, with fewer tiles cut short. (Where rows are
+    // copied, this would copy all at once.)
     shape.size[1] = shape.out_size[1] = args.samples * shape.size[0] * shape.size[1];
     shape.size[0] = shape.out_size[0] = args.samples = 1;
   }
   const int64_t outputs = args.samples * shape.out_size[0] * shape.out_size[1] * shape.out_channels;
   if (outputs == 0) return;
   const int64_t units = kernel.units(args), each = outputs * taps * shape.in_channels / units;
+  const size_t words = (kernel.memory_bytes(shape) + 7) / 8;
+  std::atomic<bool> is_too_little{false};
   torch::stable::parallel_for(0, units, kGrainProducts / (each + 1) + 1,
                               [&](int64_t begin, int64_t end) {
                                 // Kept: a large allocation's pages would cost more than a small
                                 // layer.
                                 static thread_local std::vector<uint64_t> memory;
-                                const size_t words = (kernel.memory_bytes(shape) + 7) / 8;
-                                if (memory.size() < words) memory.resize(words);
-                                kernel.conv2d(args, begin, end, memory.data());
+                                try {
+                                  if (memory.size() < words) memory.resize(words);
+                                  kernel.conv2d(args, begin, end, memory.data());
+                                } catch (const std::bad_alloc&) {
+                                  is_too_little = true;
+                                }
                               });
+  require(!is_too_little, "there is not enough memory for a thread's part of a convolution, ",
+          words * 8, " bytes.");
 }
 
 }  // namespace

@@ -12,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import backend, ops
 
 Size = tuple[int, int]
 DTYPES = (torch.float32, torch.bfloat16)
-# Channels on either side from which Winograd's algorithm pays, measured with AVX-512.
-FEWEST_FOR_WINOGRAD = {torch.float32: 16, torch.bfloat16: 64}
+# Where Winograd's algorithm pays, measured with AVX-512. With fewer channels on either side its
+# transformations cost more than is saved; below so many pixels its weights, which are four times as
+# many, are read for too little.
+FEWEST_CHANNELS = {torch.float32: 16, torch.bfloat16: 64}
+FEWEST_PIXELS = 49
+PACKING = 2  # one more with each change of what `ops.pack_conv2d` makes
 _onednn = torch.ops.mkldnn
 
 
@@ -56,9 +60,15 @@ class Conv(nn.Module):
         self.shape, self.size = tuple(weight.shape), size
         self.is_own = ops.is_conv2d_fastest(dtype)
         self.place = (list(padding), list(stride), [1, 1], 1)
-        winograd = self._is_for_winograd(stride, dtype)
+        winograd = (
+            self.shape[2:] == (3, 3)
+            and tuple(stride) == (1, 1)
+            and min(self.shape[:2]) >= FEWEST_CHANNELS[dtype]
+            and size[0] * size[1] >= FEWEST_PIXELS
+        )
         kernel = list(self.shape[2:])
         self.own_place = (self.shape[0], kernel, list(stride), list(padding), winograd)
+        self.packing = self._packing(dtype)
         bias_dtype = torch.float32 if self.is_own else dtype
         self.bias = None if bias is None else bias.detach().to(bias_dtype, copy=True)
         if self.is_own:
@@ -66,13 +76,10 @@ class Conv(nn.Module):
         else:
             self._take(weight.to(dtype, copy=True, memory_format=torch.channels_last))
 
-    def _is_for_winograd(self, stride: Size, dtype: torch.dtype) -> bool:
-        """Whether our own convolution is faster so: with few channels the transformation costs more
-        than is saved, in small images the weights, four times as many, are read for too little.
-        """
-        channels, pixels = min(self.shape[:2]), self.size[0] * self.size[1]
-        is_possible = self.shape[2:] == (3, 3) and tuple(stride) == (1, 1)
-        return is_possible and channels >= FEWEST_FOR_WINOGRAD[dtype] and pixels >= 49
+    @staticmethod
+    def _packing(dtype: torch.dtype) -> tuple[torch.dtype, str | None, int]:
+        """What the order of our own packed weights depends on."""
+        return dtype, backend.conv_kernels(dtype), PACKING
 
     def _take(self, weight: Tensor) -> None:
         self.is_fused = is_packable(weight.dtype)
@@ -90,10 +97,10 @@ class Conv(nn.Module):
         super().__setstate__(state)
         if not self.is_own:
             self._take(self.weight)
-        elif not ops.is_conv2d_fastest(self.weight.dtype):
+        elif self.packing != self._packing(self.packing[0]):
             raise RuntimeError(
-                "this network was prepared for another CPU, by ddpm_fast's own convolutions: "
-                "prepare the model anew"
+                "this network was prepared for another CPU or by another ddpm_fast, whose packed "
+                "weights lie in another order: prepare the model anew"
             )
 
     def forward(self, x: Tensor, to: Tensor | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 // Fuzzes the CPU kernel of convolutions over shapes and ranges, and holds it near sums in float64.
 // Built with kernels_fuzz.cpp, which says how.
 //   build-fuzz/conv_fuzz [cases] [seed]
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,7 +13,7 @@ namespace {
 
 using namespace ddpm_fast;
 
-ConvShape random_shape() {
+ConvShape random_shape(bool winograd) {
   static const int64_t kChannels[] = {1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 40, 48, 65, 100, 130};
   static const int64_t kSizes[] = {1, 2, 3, 4, 7, 9, 14, 25};
   ConvShape shape{};
@@ -20,8 +21,8 @@ ConvShape random_shape() {
   shape.out_channels = kChannels[below(15)];
   for (int i = 0; i < 2; ++i) {
     shape.size[i] = kSizes[below(8)];
-    shape.kernel[i] = 1 + below(3);
-    shape.stride[i] = 1 + below(2);
+    shape.kernel[i] = winograd ? 3 : 1 + below(3);
+    shape.stride[i] = winograd ? 1 : 1 + below(2);
     shape.padding[i] = below(3) + (below(8) == 0 ? 3 : 0);
     const int64_t missing = shape.kernel[i] - shape.size[i] - 2 * shape.padding[i];
     if (missing > 0) shape.size[i] += missing;
@@ -41,7 +42,8 @@ struct Sum {
 };
 
 template <class T>
-Sum expected(const ConvArgs& args, const T* weight, int64_t n, int64_t y, int64_t x, int64_t o) {
+Sum expected(const ConvArgs& args, const float* weight, int64_t n, int64_t y, int64_t x,
+             int64_t o) {
   const ConvShape& shape = args.shape;
   Sum sum{0.0, 0.0};
   const auto add = [&](double term) {
@@ -58,7 +60,7 @@ Sum expected(const ConvArgs& args, const T* weight, int64_t n, int64_t y, int64_
       for (int64_t c = 0; c < shape.in_channels; ++c) {
         const int64_t at =
             ((o * shape.in_channels + c) * shape.kernel[0] + i) * shape.kernel[1] + j;
-        add(static_cast<double>(to_float(from[c])) * to_float(weight[at]));
+        add(static_cast<double>(to_float(from[c])) * weight[at]);
       }
     }
   }
@@ -72,18 +74,24 @@ void require(bool condition, const char* what) {
   std::exit(1);
 }
 
-// rounding: to a T.
-template <class T>
-void fuzz_case(const ConvKernels& kernels, double rounding) {
+float largest(const Elements<float>& values) {
+  float most = 0.0f;
+  for (int64_t i = 0; i < values.count; ++i) most = std::max(most, std::abs(values.data()[i]));
+  return most;
+}
+
+// rounding: to a T. Packed is what the weights are kept as.
+template <class T, class Packed>
+void fuzz_case(const ConvKernels& kernels, bool winograd, double rounding) {
   ConvArgs args{};
-  ConvShape& shape = args.shape = random_shape();
+  ConvShape& shape = args.shape = random_shape(winograd);
   args.samples = 1 + below(3);
   const int64_t in = args.samples * shape.size[0] * shape.size[1] * shape.in_channels;
   const int64_t outputs = args.samples * shape.out_size[0] * shape.out_size[1] * shape.out_channels;
   const Elements<T> x(in), residual(outputs), out(outputs);
-  const Elements<T> weight(shape.out_channels * shape.in_channels * shape.kernel[0] *
-                           shape.kernel[1]);
-  const Elements<T> packed(kernels.packed_elements(shape));
+  const Elements<float> weight(shape.out_channels * shape.in_channels * shape.kernel[0] *
+                               shape.kernel[1]);
+  const Elements<Packed> packed(kernels.packed_elements(shape));
   const Elements<float> bias(shape.out_channels);
   kernels.pack(shape, weight.data(), packed.data());
   args.out = out.data();
@@ -103,7 +111,11 @@ void fuzz_case(const ConvKernels& kernels, double rounding) {
                        pixel % shape.out_size[1], i % shape.out_channels);
     if (args.residual != nullptr) sum.value += to_float(residual.data()[i]);
     const double apart = std::abs(to_float(out.data()[i]) - sum.value);
-    require(apart <= std::abs(sum.value) * rounding + (sum.size + 8.0) * 0x1p-14, "a wrong sum");
+    // What the weights are rounded to; Winograd's sums are of all that a tile sees, at most
+    // about 6.
+    const double kept = sizeof(Packed) == sizeof(float) ? 0x1p-20 : winograd ? 0x1p-9 : 0x1p-8;
+    const double size = winograd ? 6.0 * 9.0 * shape.in_channels * largest(weight) : sum.size;
+    require(apart <= std::abs(sum.value) * rounding + (size + 8.0) * kept, "a wrong sum");
   }
 }
 
@@ -116,10 +128,17 @@ int main(int argc, char** argv) {
   const int count = cpu_levels(names, true);
   for (int level = 0; level < count; ++level) {
     set_cpu_level(names[level]);
-    const ConvKernels *f32 = conv_kernels(DType::kFloat32), *bf16 = conv_kernels(DType::kBFloat16);
     for (int i = 0; i < cases; ++i) {
-      if (f32 != nullptr) fuzz_case<float>(*f32, 0x1p-24);
-      if (bf16 != nullptr) fuzz_case<BFloat16>(*bf16, 0x1p-8);
+      const bool winograd = i % 2 != 0;
+      const ConvKernels* f32 = conv_kernels(DType::kFloat32, winograd);
+      const ConvKernels* bf16 = conv_kernels(DType::kBFloat16, winograd);
+      if (f32 != nullptr) fuzz_case<float, float>(*f32, winograd, 0x1p-24);
+      if (bf16 == nullptr) continue;
+      if (winograd) {
+        fuzz_case<BFloat16, Half>(*bf16, winograd, 0x1p-8);
+      } else {
+        fuzz_case<BFloat16, BFloat16>(*bf16, winograd, 0x1p-8);
+      }
     }
     std::printf("%s: %d cases of each dtype that has kernels agree\n", names[level], cases);
   }

@@ -34,13 +34,21 @@ LAYERS = [
 ]
 
 
-KERNELS = {"avx512_bf16": BF16, "avx512": F32}
+# Those that Winograd's algorithm is for, and tiles of it that hang over the edges of the output.
+LAYERS_3X3 = [layer for layer in LAYERS if layer[2:4] == ((3, 3), (1, 1))] + [
+    (17, 130, (3, 3), (1, 1), (0, 2), (7, 10)),
+    (512, 70, (3, 3), (1, 1), (1, 1), (9, 30)),  # more than one strip
+]
+KERNELS = {"avx512_bf16": BF16, "avx512": F32, "avx2": F32}
 
 
 @pytest.fixture(params=KERNELS)
 def dtype(request, extension):
-    """The dtype of the kernels of one instruction set."""
-    dtype = KERNELS[request.param]
+    """The dtype of the kernels of one instruction set, which are in use."""
+    dtype, level = KERNELS[request.param], request.param.removesuffix("_bf16")
+    if level not in extension.cpu_levels_available():
+        pytest.skip(f"this CPU has no {level}")
+    extension._set_cpu_level(level)
     if backend.conv_kernels(dtype) != request.param:
         pytest.skip(f"this CPU has no {request.param}")
     return dtype
@@ -67,8 +75,9 @@ def case(layer, n, dtype, seed=0):
     return x, weight, draw(c_out), residual
 
 
-def convolution(layer, x, weight, bias=None, residual=None):
-    return ops.conv2d(x, ops.pack_conv2d(weight), bias, residual, *layer[1:5])
+def convolution(layer, x, weight, bias=None, residual=None, winograd=False):
+    packed = ops.pack_conv2d(weight.float(), x.dtype, winograd)
+    return ops.conv2d(x, packed, bias, residual, *layer[1:5], winograd)
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -92,52 +101,110 @@ def test_it_is_the_convolution(dtype, layer):
             assert (apart <= rounding * want.abs() + (products + 2) * 2**-24 * size).all()
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_neither_batch_nor_place_nor_threads_change_a_bit(dtype, layer):
+@pytest.mark.parametrize("layer", LAYERS_3X3, ids=str)
+def test_winograd_is_the_convolution(dtype, layer):
+    """In float32 within a few times the rounding of what lies around; the sums of a tile are not
+    those of its outputs alone. In bfloat16 the weights, as float16, are rounded once more."""
+    padding, slack = layer[4], {F32: 2**-20, BF16: 2**-9}[dtype]
+    x, weight, bias, residual = case(layer, 3, dtype)
+    weight = weight.float()
+    for b, r in ((None, None), (bias, None), (None, residual), (bias, residual)):
+        got = convolution(layer, x, weight, b, r, winograd=True)
+        want = F.conv2d(x.double(), weight.double(), b if b is None else b.double(), 1, padding)
+        around = F.max_pool2d(x.double().abs(), 9, 1, 4)
+        size = F.conv2d(around, weight.double().abs(), None, 1, padding).amax(1, keepdim=True)
+        if r is not None:
+            want = want + r.double()
+        assert got.dtype == dtype and got.is_contiguous(memory_format=LAST)
+        assert got.shape == want.shape
+        rounding = 2**-8 if dtype == BF16 else 2**-24
+        apart = got.double() - want
+        assert (apart.abs() <= rounding * want.abs() + slack * (size + 1)).all()
+        assert apart.norm() <= {F32: 3e-6, BF16: 3e-3}[dtype] * want.norm()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-7, 1.0, 1e8])
+def test_winograds_weights_have_any_size(dtype, size):
+    """Also where they are kept as float16."""
+    layer = (64, 33, (3, 3), (1, 1), (1, 1), (8, 8))
+    x, weight, _, _ = case(layer, 1, dtype)
+    weight = size * weight.float()
+    weight[3] *= 1e-3
+    got = convolution(layer, x, weight, winograd=True).double()
+    want = F.conv2d(x.double(), weight.double(), padding=1)
+    for channel in (3, 4):
+        apart = got[:, channel] - want[:, channel]
+        assert apart.norm() <= {F32: 2e-6, BF16: 4e-3}[dtype] * want[:, channel].norm()
+
+
+@pytest.mark.parametrize("winograd", [False, True])
+@pytest.mark.parametrize("layer", LAYERS + LAYERS_3X3[-2:], ids=str)
+def test_neither_batch_nor_place_nor_threads_change_a_bit(dtype, layer, winograd):
+    if winograd and layer not in LAYERS_3X3:
+        pytest.skip("Winograd's algorithm is not for this layer")
     x, weight, bias, residual = case(layer, 7, dtype)
     torch.set_num_threads(1)
-    want = convolution(layer, x, weight, bias, residual)
+    want = convolution(layer, x, weight, bias, residual, winograd)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        assert torch.equal(convolution(layer, x, weight, bias, residual), want)
+        assert torch.equal(convolution(layer, x, weight, bias, residual, winograd), want)
         for part in (slice(0, 1), slice(6, 7), slice(2, 5)):
-            got = convolution(layer, x[part], weight, bias, residual[part])
+            got = convolution(layer, x[part], weight, bias, residual[part], winograd)
             assert torch.equal(got, want[part])
 
 
-def test_no_samples(dtype):
+@pytest.mark.parametrize("winograd", [False, True])
+def test_no_samples(dtype, winograd):
     layer = LAYERS[0]
     x, weight, bias, _ = case(layer, 0, dtype)
-    assert convolution(layer, x, weight, bias).shape == (0, 24, 28, 28)
+    assert convolution(layer, x, weight, bias, None, winograd).shape == (0, 24, 28, 28)
 
 
-def test_what_is_not_finite_stays_so(dtype):
+@pytest.mark.parametrize("winograd", [False, True])
+def test_what_is_not_finite_stays_so(dtype, winograd):
+    """With Winograd's algorithm in all tiles that see it, otherwise in the outputs that do."""
     layer = (16, 24, (3, 3), (1, 1), (1, 1), (8, 8))
     x, weight, bias, _ = case(layer, 2, dtype)
-    clean = convolution(layer, x, weight, bias)
-    x[1, 3, 4, 5] = float("nan")
-    got = convolution(layer, x, weight, bias)
-    assert got[1, :, 3:6, 4:7].isnan().all() and int(got.isnan().sum()) == 24 * 9
-    assert torch.equal(got[0], clean[0])
+    clean = convolution(layer, x, weight, bias, None, winograd)
+    x[1, 3, 3, 6] = float("nan")
+    got = convolution(layer, x, weight, bias, None, winograd)
+    assert got[1, :, 2:5, 5:8].isnan().all() and torch.equal(got[0], clean[0])
+    assert int(got.isnan().sum()) <= 24 * (32 if winograd else 9)
 
 
-def test_opcheck(dtype):
-    layer = (4, 6, (3, 3), (2, 1), (1, 0), (7, 8))
+@pytest.mark.parametrize("winograd", [False, True])
+def test_opcheck(dtype, winograd):
+    layer = (4, 6, (3, 3), (1, 1), (1, 0), (7, 8))
     x, weight, bias, residual = case(layer, 2, dtype)
-    packed, settings = (
-        ops.pack_conv2d(weight),
-        [v if i == 0 else list(v) for i, v in enumerate(layer[1:5])],
-    )
+    weight = weight.float()
+    packed = ops.pack_conv2d(weight, dtype, winograd)
+    settings = [v if i == 0 else list(v) for i, v in enumerate(layer[1:5])]
     for b, r in ((None, None), (bias, residual)):
-        torch.library.opcheck(torch.ops.ddpm_fast.conv2d.default, (x, packed, b, r, *settings))
-    torch.library.opcheck(torch.ops.ddpm_fast.pack_conv2d.default, (weight,))
+        arguments = (x, packed, b, r, *settings, winograd)
+        torch.library.opcheck(torch.ops.ddpm_fast.conv2d.default, arguments)
+    torch.library.opcheck(torch.ops.ddpm_fast.pack_conv2d.default, (weight, dtype, winograd))
+
+
+def test_a_thread_keeps_little_memory(dtype):
+    """A 1 x 1 convolution whose pixels are copied, because their channels are filled up."""
+    layer = (127, 8, (1, 1), (1, 1), (0, 0), (256, 256))
+    x, weight, bias, _ = case(layer, 4, dtype)
+    torch.set_num_threads(1)
+
+    def in_use():
+        return int(next(s for s in open("/proc/self/status") if "VmRSS" in s).split()[1])
+
+    convolution(layer, x[:1], weight, bias)
+    before = in_use()
+    convolution(layer, x, weight, bias)
+    assert in_use() - before < 16 * 1024  # KiB; x is 64 MiB or 128
 
 
 @pytest.mark.parametrize(
     "change,message",
     [
         ({"x": torch.zeros(2, 4, 3, 5, dtype=BF16)}, "x must be channels_last without gaps"),
-        ({"x": torch.zeros(2, 4, 3, 5).half()}, "x must be float32 or bfloat16, but it is float16"),
+        ({"x": torch.zeros(2, 4, 3, 5).half()}, "float32 and bfloat16, but the dtype is float16"),
         ({"x": torch.zeros(2, 4, 5, dtype=BF16)}, r"the shape \(N, C, H, W\), but it is \(2, 4, 5"),
         ({"x": torch.zeros(2, 0, 3, 5, dtype=BF16)}, "must have channels, but they have 0 and 6"),
         ({"x": torch.zeros(2, 6, 3, 5, dtype=BF16).contiguous(memory_format=LAST)},
@@ -146,6 +213,9 @@ def test_opcheck(dtype):
         ({"padding": [0, 0], "kernel_size": [5, 1]}, "as large as the kernel, with its padding"),
         ({"stride": [0, 1]}, "stride must be two integers from 1"),
         ({"kernel_size": [3]}, "kernel_size must be two integers"),
+        ({"winograd": True}, "weight must be float16, but it is bfloat16"),
+        ({"winograd": True, "stride": [1, 2]}, "winograd is for stride 1, but it is 1 and 2"),
+        ({"winograd": True, "kernel_size": [3, 2]}, "kernels of 3 x 3, but this is 3 x 2"),
         ({"weight": torch.zeros(6, 4, 3, 3, dtype=BF16)}, "weight must be what pack_conv2d makes"),
         ({"weight": torch.zeros(6)}, "weight must be bfloat16, but it is float32"),
         ({"bias": torch.zeros(4)}, r"bias must have the shape \(6,\), but it is \(4\)"),
@@ -157,7 +227,7 @@ def test_opcheck(dtype):
 def test_what_does_not_fit_is_refused(bfloat16, change, message):
     arguments = {
         "x": torch.zeros(2, 4, 3, 5, dtype=BF16).contiguous(memory_format=LAST),
-        "weight": ops.pack_conv2d(torch.zeros(6, 4, 3, 3, dtype=BF16)),
+        "weight": ops.pack_conv2d(torch.zeros(6, 4, 3, 3), BF16),
         "bias": None,
         "residual": None,
         "out_channels": 6,
@@ -170,19 +240,25 @@ def test_what_does_not_fit_is_refused(bfloat16, change, message):
 
 
 @pytest.mark.parametrize(
-    "weight", [torch.zeros(2, 3, 1, 1).half(), torch.zeros(2, 0, 1, 1, dtype=BF16)]
+    "weight,dtype,winograd,message",
+    [
+        (torch.zeros(2, 3, 1, 1).half(), BF16, False, "weight must be float32"),
+        (torch.zeros(2, 0, 1, 1), BF16, False, "not empty, but it is"),
+        (torch.zeros(2, 3, 1, 1), torch.float16, False, "but the dtype is float16"),
+        (torch.zeros(2, 3, 1, 1), BF16, True, "kernels of 3 x 3, but this is 1 x 1"),
+    ],
 )
-def test_weights_that_cannot_be_packed_are_refused(bfloat16, weight):
-    with pytest.raises(RuntimeError, match=r"must be float32 or bfloat16|not empty, but it is"):
-        ops.pack_conv2d(weight)
+def test_weights_that_cannot_be_packed_are_refused(bfloat16, weight, dtype, winograd, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.pack_conv2d(weight, dtype, winograd)
 
 
 def test_a_lower_level_has_none(extension):
     extension._set_cpu_level("baseline")
-    for dtype, wanted in ((F32, "AVX-512"), (BF16, "AVX512-BF16")):
+    for dtype, wanted in ((F32, "AVX2"), (BF16, "AVX512-BF16")):
         assert backend.conv_kernels(dtype) is None and not ops.is_conv2d_fastest(dtype)
         with pytest.raises(RuntimeError, match=f"conv2d needs a CPU with {wanted}"):
-            ops.pack_conv2d(torch.zeros(2, 2, 1, 1, dtype=dtype))
+            ops.pack_conv2d(torch.zeros(2, 2, 1, 1), dtype)
 
 
 def layer_of(layer, dtype):
@@ -226,6 +302,11 @@ def test_a_pickled_layer_stays_on_cpus_of_its_kind(bfloat16, monkeypatch):
     written = pickle.dumps(layer_of(LAYERS[4], BF16))
     x = case(LAYERS[4], 2, BF16)[0]
     assert torch.equal(pickle.loads(written)(x), layer_of(LAYERS[4], BF16)(x))
-    monkeypatch.setattr(ops, "is_conv2d_fastest", lambda dtype: False)
-    with pytest.raises(RuntimeError, match="prepared for another CPU"):
+    for name, there in (("conv_kernels", lambda dtype: "other"), ("extension", None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, name, there)
+            with pytest.raises(RuntimeError, match="prepared for another CPU or by another"):
+                pickle.loads(written)
+    monkeypatch.setattr(fused, "PACKING", 1)
+    with pytest.raises(RuntimeError, match="prepared for another CPU or by another"):
         pickle.loads(written)

@@ -132,21 +132,22 @@ void pack_winograd(const ConvShape& shape, const float* weight, typename D::Stor
       const bool exists = o < shape.out_channels;
       const float* g = weight + (exists ? o * channels * 9 : 0);
       double transformed[kPlaces] = {};
-      float scale = 1.0f;
+      double inverse = 1.0;  // of the scale, a power of two
       if constexpr (WinogradLayout<D>::kIsScaled) {
         double largest = 0.0;
         for (int64_t i = 0; exists && i < channels; ++i) {
           transform_kernel(g + i * 9, transformed);
           for (double x : transformed) largest = x > largest ? x : -x > largest ? -x : largest;
         }
-        scale = scale_of(largest);
+        const float scale = scale_of(largest);
+        inverse = 1.0 / scale;
         __builtin_memcpy(scales + layout.scales(lane), &scale, sizeof scale);
       }
       for (int64_t i = 0; i < channels; ++i) {
         if (exists) transform_kernel(g + i * 9, transformed);
         for (int p = 0; p < kPlaces; ++p) {
-          const float value = exists ? static_cast<float>(transformed[p] / scale) : 0.0f;
-          from_float(value, to + p * place + i * lanes + lane);
+          from_float(static_cast<float>(transformed[p] * inverse),
+                     to + p * place + i * lanes + lane);
         }
       }
     }
