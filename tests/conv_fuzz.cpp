@@ -107,8 +107,8 @@ void fuzz_case(const ConvKernels& kernels, bool winograd, double rounding) {
   for (int check = 0; check < 200; ++check) {
     const int64_t i = below(outputs), pixel = i / shape.out_channels,
                   row = pixel / shape.out_size[1];
-    Sum sum = expected(args, weight.data(), row / shape.out_size[0], row % shape.out_size[0],
-                       pixel % shape.out_size[1], i % shape.out_channels);
+    Sum sum = expected<T>(args, weight.data(), row / shape.out_size[0], row % shape.out_size[0],
+                          pixel % shape.out_size[1], i % shape.out_channels);
     if (args.residual != nullptr) sum.value += to_float(residual.data()[i]);
     const double apart = std::abs(to_float(out.data()[i]) - sum.value);
     // What the weights are rounded to; Winograd's sums are of all that a tile sees, at most
