@@ -41,6 +41,20 @@ struct ConvArgs {
   const void* residual;    // or null; like out
 };
 
+// (samples, positions, heads * channels), whose channels are neighbours; `sample` and `position`
+// are strides.
+struct AttentionInput {
+  const void* first;
+  int64_t sample, position;
+};
+
+// out = softmax(query key') value of each sample's heads; out has no gaps.
+struct AttentionArgs {
+  int64_t samples, positions, heads, channels;  // channels: of a head
+  AttentionInput query, key, value;
+  void* out;
+};
+
 // Static, as in arguments.h.
 static constexpr int64_t chunks_of(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
 
@@ -71,8 +85,16 @@ struct ConvKernels {
   void (*conv2d)(const ConvArgs&, int64_t begin, int64_t end, void* memory);
 };
 
+// Attention of one dtype.
+struct AttentionKernels {
+  int64_t (*memory_bytes)(const AttentionArgs&);
+  // The range is in queries, [0, samples * heads * positions), and may be cut anywhere.
+  void (*attention)(const AttentionArgs&, int64_t begin, int64_t end, void* memory);
+};
+
 // Null where the level in use is below AVX-512, and for bfloat16 where the CPU lacks AVX512-BF16.
 const ConvKernels* conv_kernels(DType dtype);
+const AttentionKernels* attention_kernels(DType dtype);  // likewise
 
 // The level in use: DDPM_FAST_CPU (baseline, avx2, avx512), else the best that this CPU has.
 // Throws std::runtime_error if the variable asks for a level that is not there.
@@ -85,6 +107,8 @@ extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
 extern const ConvKernels kAvx512Conv;
 extern const ConvKernels kAvx512Bf16Conv;
+extern const AttentionKernels kAvx512Attention;
+extern const AttentionKernels kAvx512Bf16Attention;
 
 // Launchers; each returns cudaError_t. A bad row of a step leaves its sample as it was and sets the
 // status; a bad timestep makes its sample NaN.

@@ -45,18 +45,6 @@ void require_image(const char* name, const Tensor& t, ScalarType dtype) {
   }
 }
 
-// Without the dispatcher, which costs a microsecond.
-Tensor empty_image(ScalarType dtype, int64_t n, int64_t channels, int64_t height, int64_t width) {
-  const int64_t sizes[] = {n, channels, height, width};
-  const int64_t strides[] = {channels * height * width, 1, channels * width, channels};
-  AtenTensorHandle image;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      4, sizes, strides,
-      dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(),
-      aoti_torch_device_type_cpu(), 0, &image));
-  return Tensor(image);
-}
-
 ConvShape shape_of(const Tensor& x, int64_t out_channels, const Pair& kernel_size,
                    const Pair& stride, const Pair& padding) {
   ConvShape shape{};
@@ -88,15 +76,10 @@ void run(const ConvKernels& kernel, ConvArgs args) {
   const int64_t outputs = args.samples * shape.out_size[0] * shape.out_size[1] * shape.out_channels;
   if (outputs == 0) return;
   const int64_t units = kernel.units(args), each = outputs * taps * shape.in_channels / units;
-  torch::stable::parallel_for(0, units, kGrainProducts / (each + 1) + 1,
-                              [&](int64_t begin, int64_t end) {
-                                // Kept: a large allocation's pages would cost more than a small
-                                // layer.
-                                static thread_local std::vector<uint64_t> memory;
-                                const size_t words = (kernel.memory_bytes(shape) + 7) / 8;
-                                if (memory.size() < words) memory.resize(words);
-                                kernel.conv2d(args, begin, end, memory.data());
-                              });
+  torch::stable::parallel_for(
+      0, units, kGrainProducts / (each + 1) + 1, [&](int64_t begin, int64_t end) {
+        kernel.conv2d(args, begin, end, thread_memory(kernel.memory_bytes(shape)));
+      });
 }
 
 }  // namespace

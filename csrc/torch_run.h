@@ -1,6 +1,8 @@
 // Running a kernel on a tensor's device.
 #pragma once
 
+#include <vector>
+
 #include "cpu_run.h"
 #include "torch_checks.h"
 
@@ -21,6 +23,28 @@ T* write(const Tensor& t) {
 inline constexpr auto torch_threads = [](int64_t chunks, const auto& body) {
   torch::stable::parallel_for(0, chunks, kGrain, body);
 };
+
+// This thread's, which it keeps: a large allocation's pages would cost more than a small layer.
+inline void* thread_memory(int64_t bytes) {
+  static thread_local std::vector<uint64_t> memory;
+  const size_t words = static_cast<size_t>(bytes + 7) / 8;
+  if (memory.size() < words) memory.resize(words);
+  return memory.data();
+}
+
+// (N, C, H, W) on the CPU, channels_last, float32 or bfloat16; without the dispatcher, which costs
+// a microsecond.
+inline Tensor empty_image(ScalarType dtype, int64_t n, int64_t channels, int64_t height,
+                          int64_t width) {
+  const int64_t sizes[] = {n, channels, height, width};
+  const int64_t strides[] = {channels * height * width, 1, channels * width, channels};
+  AtenTensorHandle image;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      4, sizes, strides,
+      dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(),
+      aoti_torch_device_type_cpu(), 0, &image));
+  return Tensor(image);
+}
 
 inline void* current_stream(const Tensor& t) {
   void* stream = nullptr;

@@ -19,6 +19,7 @@ from .backend import BackendError, conv_kernels, is_available, is_overridden, re
 
 __all__ = [
     "BackendError",
+    "attention",
     "conv2d",
     "group_norm",
     "is_available",
@@ -244,6 +245,19 @@ def conv2d(
     )
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1) -> Tensor:
+    """softmax(query key') value over the pixels of each sample, for each of `heads` equal ranges of
+    channels (Vaswani et al. 2017, arXiv:1706.03762, equation 1, with the scale in the query).
+
+    query, key, value: (N, C, H, W), float32 or bfloat16, channels_last, or as many neighbouring
+    channels of such a tensor. Returns (N, C, H, W) in their dtype, channels_last. Scores and sums
+    are float32; softmax's weights are rounded to the dtype. A sample's bits depend on the sample
+    alone. It is there, and fastest, where `is_conv2d_fastest`; it never keeps all scores. No
+    gradients. Raises RuntimeError where an argument is not so, and as `conv2d`.
+    """
+    return torch.ops.ddpm_fast.attention.default(query, key, value, heads)
+
+
 def _require_one_device(*tensors: Tensor | None) -> None:
     """What torch asks of the fake implementations, because one of the tensors is on "meta"."""
     devices = sorted({str(t.device) for t in tensors if t is not None})
@@ -293,6 +307,11 @@ def _register() -> None:
             (x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)
         ]
         return x.new_empty((x.shape[0], out_channels, *size)).to(memory_format=torch.channels_last)
+
+    @torch.library.register_fake("ddpm_fast::attention")
+    def _(query, key, value, heads):
+        _require_one_device(query, key, value)
+        return query.new_empty(query.shape).to(memory_format=torch.channels_last)
 
     def setup_context(ctx, inputs, output):
         _, coefficients, timesteps, *_ = inputs

@@ -21,8 +21,8 @@ inline int64_t within(int64_t x, int64_t least, int64_t most) {
   return x < least ? least : x > most ? most : x;
 }
 
-// Some pixels' sums of one block.
-template <class D>
+// Some pixels' sums of one block, rounded to Out.
+template <class D, class Out = typename D::Element>
 struct Tile {
   using T = typename D::Element;
   const T *x, *weight;             // the first pixel's first tap
@@ -30,14 +30,14 @@ struct Tile {
   int64_t rows, steps;             // the kernel's; in each row, columns * depth / kDepth
   // Of the block's first channel; bias and residual may be null. Pixels are `stride` apart.
   const float* bias;
-  const T* residual;
-  T* out;
+  const Out* residual;
+  Out* out;
   int64_t stride, channels;
 };
 
 // kHalves: the width of the block, in half vectors.
-template <class D, int kHalves, int kPixels>
-void run_tile(const Tile<D>& tile) {
+template <class D, int kHalves, int kPixels, class Out>
+void run_tile(const Tile<D, Out>& tile) {
   using T = typename D::Element;
   using F = typename D::F;
   constexpr int kFull = kHalves / 2, kLanes = D::kLanes;
@@ -75,8 +75,8 @@ void run_tile(const Tile<D>& tile) {
   }
   DDPM_FAST_UNROLL
   for (int p = 0; p < kPixels; ++p) {
-    T* out = tile.out + p * tile.stride;
-    const T* residual = tile.residual == nullptr ? nullptr : tile.residual + p * tile.stride;
+    Out* out = tile.out + p * tile.stride;
+    const Out* residual = tile.residual == nullptr ? nullptr : tile.residual + p * tile.stride;
     DDPM_FAST_UNROLL
     for (int v = 0; v < kFull + kHasHalf; ++v) {
       F sum = v < kFull ? sums[p][v] : D::widened(half_sums[p]);
@@ -88,8 +88,8 @@ void run_tile(const Tile<D>& tile) {
   }
 }
 
-template <class D, int kHalves, int kPixels>
-void run_tile_of(int64_t pixels, const Tile<D>& tile) {
+template <class D, int kHalves, int kPixels, class Out>
+void run_tile_of(int64_t pixels, const Tile<D, Out>& tile) {
   if constexpr (kPixels > 1) {
     if (pixels < kPixels) return run_tile_of<D, kHalves, kPixels - 1>(pixels, tile);
   }
