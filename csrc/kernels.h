@@ -31,14 +31,15 @@ struct ConvShape {
   int64_t size[2], out_size[2], kernel[2], stride[2], padding[2];
 };
 
-// out = convolution of x, plus bias and residual: channels_last, without gaps.
+// out = convolution of x, plus bias and residual: channels_last; x has no gaps.
 struct ConvArgs {
   ConvShape shape;
   int64_t samples;
   void* out;
-  const void *x, *weight;  // weight: as ConvKernels::pack made it
-  const float* bias;       // or null
-  const void* residual;    // or null; like out
+  int64_t out_sample, out_row, out_pixel;  // its strides
+  const void *x, *weight;                  // weight: as ConvKernels::pack made it
+  const float* bias;                       // or null
+  const void* residual;                    // or null; like out
 };
 
 // (samples, positions, heads * channels), whose channels are neighbours; `sample` and `position`

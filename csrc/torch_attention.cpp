@@ -1,4 +1,5 @@
 // Attention for torch: its checks, and the kernel over all cores.
+#include "torch_image.h"
 #include "torch_run.h"
 
 namespace ddpm_fast {

@@ -32,20 +32,6 @@ inline void* thread_memory(int64_t bytes) {
   return memory.data();
 }
 
-// (N, C, H, W) on the CPU, channels_last, float32 or bfloat16; without the dispatcher, which costs
-// a microsecond.
-inline Tensor empty_image(ScalarType dtype, int64_t n, int64_t channels, int64_t height,
-                          int64_t width) {
-  const int64_t sizes[] = {n, channels, height, width};
-  const int64_t strides[] = {channels * height * width, 1, channels * width, channels};
-  AtenTensorHandle image;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      4, sizes, strides,
-      dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(),
-      aoti_torch_device_type_cpu(), 0, &image));
-  return Tensor(image);
-}
-
 inline void* current_stream(const Tensor& t) {
   void* stream = nullptr;
 #ifdef DDPM_FAST_WITH_CUDA

@@ -49,6 +49,13 @@ def conv_kernels(dtype: torch.dtype) -> str | None:
     return extension.conv_kernels(dtype == torch.bfloat16)
 
 
+def has_attention(dtype: torch.dtype) -> bool:
+    """Whether `ops.attention` is there on this CPU, at the level in use."""
+    if extension is None or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return extension.has_attention(dtype == torch.bfloat16)
+
+
 def is_overridden() -> bool:
     """Whether DDPM_FAST_BACKEND says what "auto" is."""
     return os.environ.get("DDPM_FAST_BACKEND", "").strip() not in ("", "auto")

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import ops
 from .fused import Conv, Norm, Size, UpsampleConv, as_image
 from .time_table import TimeTable
 from .unet import Attention, Downsample, ResBlock, Stage, Upsample
 
-LONGEST_SCORES = 512  # positions up to which attention's scores are kept whole
+LONGEST_SCORES = 512  # positions up to which torch's attention keeps its scores whole
 
 
 def packed(conv: nn.Module, dtype: torch.dtype, size: Size, bias: bool = True) -> Conv:
@@ -92,9 +93,9 @@ class FusedResBlock(nn.Module):
         return self.conv2(h, x)
 
 
-def _positions(x: Tensor) -> Tensor:
-    """(N, C, H, W) as (N, H * W, C); a view."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """(N, heads * C, H, W) as (N, heads, H * W, C); a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 class FusedAttention(nn.Module):
@@ -109,7 +110,6 @@ class FusedAttention(nn.Module):
         normalised = isinstance(attention.norm, nn.GroupNorm)
         self.norm = Norm(attention.norm, silu=False) if normalised else nn.Identity()
         self.heads = attention.heads
-        self.is_fused = self.heads == 1
         weight, bias = as_image(attention.qkv.weight), attention.qkv.bias.detach().float()
         out, out_bias = as_image(attention.proj.weight), attention.proj.bias.detach().float()
         if attention.order == "heads":
@@ -117,29 +117,35 @@ class FusedAttention(nn.Module):
                 v.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
                 for v in (weight, bias)
             )
+        q, k, v = weight.flatten(1).double().chunk(3)
+        q_bias, k_bias, v_bias = bias.double().chunk(3)
+        scale = math.sqrt(self.heads / len(q))
         if self.heads == 1:
-            q, k, v = weight.flatten(1).double().chunk(3)
-            q_bias, _, v_bias = bias.double().chunk(3)
-            o, scale = out.flatten(1).double(), 1 / math.sqrt(len(q))
-            weight, bias = (scale * k.T @ q)[..., None, None], scale * k.T @ q_bias
+            o = out.flatten(1).double()
+            weight, bias = scale * k.T @ q, scale * k.T @ q_bias
             out, out_bias = (o @ v)[..., None, None], o @ v_bias + out_bias
-        self.project = Conv(weight, bias, dtype, size)
+        else:
+            weight, bias = torch.cat((scale * q, k, v)), torch.cat((scale * q_bias, k_bias, v_bias))
+        self.project = Conv(weight[..., None, None], bias, dtype, size)
         self.out = Conv(out, out_bias, dtype, size)
+        self.is_own = ops.is_attention_fastest(dtype)
+        self.is_fused = self.is_own or self.heads == 1
 
-    def _attend(self, x: Tensor, projected: Tensor) -> Tensor:
-        """(N, L, C) of the normalised input and its projection."""
-        if self.heads > 1:
-            q, k, v = projected.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        if x.shape[1] > LONGEST_SCORES:
-            q, k = projected.unsqueeze(1), x.unsqueeze(1)
-            return F.scaled_dot_product_attention(q, k, k, scale=1.0).squeeze(1)
-        return torch.bmm(torch.bmm(projected, x.mT).softmax(-1), x)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.is_own:
+            return ops.attention(query, key, value, self.heads)
+        q, k, v = (_heads(x, self.heads) for x in (query, key, value))
+        if self.heads > 1 or q.shape[2] > LONGEST_SCORES:
+            h = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        else:
+            h = torch.bmm(torch.bmm(q[:, 0], k[:, 0].mT).softmax(-1), v[:, 0]).unsqueeze(1)
+        return h.transpose(1, 2).flatten(2).unflatten(1, query.shape[2:]).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        h = self._attend(_positions(normed), _positions(self.project(normed)))
-        return self.out(h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2), x)
+        projected = self.project(normed)
+        inputs = (projected, normed, normed) if self.heads == 1 else projected.chunk(3, 1)
+        return self.out(self._attend(*inputs), x)
 
 
 class FusedStage(nn.Module):

@@ -87,6 +87,9 @@ void fuzz_case(const ConvKernels& kernels, double rounding) {
   const Elements<float> bias(shape.out_channels);
   kernels.pack(shape, weight.data(), packed.data());
   args.out = out.data();
+  args.out_pixel = shape.out_channels;
+  args.out_row = shape.out_size[1] * args.out_pixel;
+  args.out_sample = shape.out_size[0] * args.out_row;
   args.x = x.data();
   args.weight = packed.data();
   args.bias = below(2) ? bias.data() : nullptr;

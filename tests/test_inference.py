@@ -174,6 +174,8 @@ def test_another_size_than_the_trained_one(dtype, tiny_config):
 
 
 def test_a_long_attention_keeps_no_scores(tiny_config, monkeypatch):
+    """Where it is torch's."""
+    monkeypatch.setattr("ddpm_fast.ops.is_attention_fastest", lambda dtype: False)
     layer = Attention(tiny_config(), 16)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -342,9 +344,11 @@ def test_what_is_prepared_is_a_copy(tiny_config):
     assert torch.equal(run(network, F32, *arguments), before)
 
 
-def test_what_cannot_be_fused_is_counted(extension, tiny_config):
+@pytest.mark.parametrize("has_own", [False, True])
+def test_what_cannot_be_fused_is_counted(extension, tiny_config, monkeypatch, has_own):
+    monkeypatch.setattr("ddpm_fast.ops.is_attention_fastest", lambda dtype: has_own)
     names = unfused(prepare(UNet(tiny_config(num_heads=2, resblock_updown=True)), CPU, F32))
-    assert [name.split(".")[-1] for name in names].count("attention") == 4
+    assert [name.split(".")[-1] for name in names].count("attention") == (0 if has_own else 4)
     assert sum(name.split(".")[-1].isdigit() for name in names) == 2  # the blocks that resample
     assert unfused(prepare(UNet(tiny_config()), CPU, F32)) == []
 
@@ -395,6 +399,20 @@ def test_without_the_extension_it_is_plain_torch():
     code = f"TINY = {TINY!r}\n{WITHOUT}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and int(done.stdout) > 10, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("change", [{}, {"num_heads": 2, "qkv_order": "heads"}], ids=str)
+def test_without_our_own_operators_it_computes_the_same(change, dtype, tiny_config, monkeypatch):
+    """As on a CPU with AMX."""
+    for name in ("conv2d", "attention"):
+        monkeypatch.setattr(f"ddpm_fast.ops.is_{name}_fastest", lambda dtype: False)
+    unet = randomized(tiny_config(**change))
+    arguments = inputs(unet.config)
+    want = run(unet, F32, *arguments)
+    got = run(prepare(unet, CPU, dtype), dtype, *arguments)
+    plain = error(run(prepare(unet, CPU, dtype, fused=False), dtype, *arguments), want)
+    assert error(got, want) < max(BOUND[dtype], 1.25 * plain)
 
 
 def test_without_onednn_the_convolutions_are_torchs(tiny_config, monkeypatch):

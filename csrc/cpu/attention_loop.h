@@ -33,11 +33,11 @@ void pack_rows(const typename D::Element* weight, int64_t stride, int64_t rows, 
         DDPM_FAST_UNROLL
         for (int k = 0; k < kLanes; ++k) {
           const int64_t row = block * blocks.width + lane + k;
-          words[k] = row < rows ? D::words(weight + row * stride + i, columns - i) : D::zero();
+          words[k] = row < rows ? V::words(weight + row * stride + i, columns - i) : V::set(0.0f);
         }
         V::transpose(words);
         for (int k = 0; k < kLanes && i + k * kDepth < columns; ++k) {
-          D::store_words(packed + (i + k * kDepth) * lanes + lane * kDepth, words[k], lanes - lane);
+          V::store_words(packed + (i + k * kDepth) * lanes + lane * kDepth, words[k], lanes - lane);
         }
       }
     }
@@ -46,7 +46,7 @@ void pack_rows(const typename D::Element* weight, int64_t stride, int64_t rows, 
 }
 
 // Weights (I, O): neighbouring rows, `stride` apart, are multiplied together.
-template <class D>
+template <class D, class V>
 void pack_columns(const typename D::Element* weight, int64_t stride, int64_t rows, int64_t columns,
                   typename D::Element* packed) {
   const ConvBlocks<D> blocks(columns);
@@ -54,9 +54,9 @@ void pack_columns(const typename D::Element* weight, int64_t stride, int64_t row
     const int64_t lanes = blocks.lanes(block), first = block * blocks.width;
     for (int64_t i = 0; i < rows; i += D::kDepth) {
       for (int64_t lane = 0; lane < lanes; lane += D::kLanes) {
-        const auto words = D::stacked_words(weight + i * stride + first + lane, stride, rows - i,
+        const auto words = V::stacked_words(weight + i * stride + first + lane, stride, rows - i,
                                             columns - first - lane);
-        D::store_words(packed + lane * D::kDepth, words, lanes - lane);
+        V::store_words(packed + lane * D::kDepth, words, lanes - lane);
       }
       packed += lanes * D::kDepth;
     }
@@ -187,7 +187,7 @@ void attention(const AttentionArgs& args, int64_t begin, int64_t end, void* memo
     const int64_t from = within(begin - head * positions, 0, positions);
     const int64_t to = within(end - head * positions, 0, positions);
     pack_rows<D, V>(first(args.key, head), args.key.position, positions, channels, keys);
-    pack_columns<D>(first(args.value, head), args.value.position, positions, channels, values);
+    pack_columns<D, V>(first(args.value, head), args.value.position, positions, channels, values);
     T* out = static_cast<T*>(args.out) + head / args.heads * positions * out_row +
              head % args.heads * channels;
     for (int64_t i = from; i < to; i += kQueries) {

@@ -1,4 +1,4 @@
-// AVX-512 F, BW, DQ and VL.
+// The kernels of AVX-512 F, BW, DQ and VL.
 #include "avx512.h"
 
 #include "loops.h"

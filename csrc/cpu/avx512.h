@@ -1,4 +1,4 @@
-// The vectors of AVX-512 F, BW, DQ and VL (see ../numerics.h): sixteen lanes.
+// AVX-512 F, BW, DQ and VL: sixteen lanes.
 #pragma once
 
 #include <immintrin.h>
@@ -193,6 +193,30 @@ struct Avx512 {
       x[8 + i] = _mm512_shuffle_f32x4(even01, even23, 0xDD);
       x[12 + i] = _mm512_shuffle_f32x4(odd01, odd23, 0xDD);
     }
+  }
+
+  // The first `count` lanes.
+  static __mmask16 lanes(int64_t count) {
+    return count >= kLanes ? 0xFFFF : static_cast<__mmask16>((1u << count) - 1);
+  }
+  // Words of one float32 or two bfloat16, see attention_loop.h: of `count` neighbouring elements,
+  // or of as many columns of two rows, `stride` apart, if there are as many; and zeros.
+  static F words(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(lanes(count), p); }
+  static F words(const BFloat16* p, int64_t count) {
+    const __mmask32 taken = count >= 2 * kLanes ? ~0u : (1u << count) - 1;
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(taken, p));
+  }
+  static F stacked_words(const float* p, int64_t, int64_t, int64_t count) {
+    return words(p, count);
+  }
+  static F stacked_words(const BFloat16* p, int64_t stride, int64_t rows, int64_t count) {
+    const __m256i low = _mm256_maskz_loadu_epi16(lanes(count), p);
+    const __m256i high = _mm256_maskz_loadu_epi16(rows > 1 ? lanes(count) : 0, p + stride);
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                                               _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
+  }
+  static void store_words(void* p, F words, int64_t count) {
+    _mm512_mask_storeu_ps(p, lanes(count), words);
   }
 };
 

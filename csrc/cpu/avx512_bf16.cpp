@@ -47,22 +47,6 @@ struct Avx512Bf16 {
   static void store(Element* p, F x, int64_t count) {
     _mm256_mask_storeu_epi16(p, lanes(count), (__m256i)_mm512_cvtneps_pbh(x));
   }
-
-  // Words of kDepth elements, see attention_loop.h: `count` neighbouring elements of a row, or of
-  // each of `rows` rows, and zeros.
-  static F words(const Element* p, int64_t count) {
-    const __mmask32 taken = count >= 32 ? ~0u : (1u << count) - 1;
-    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(taken, p));
-  }
-  static F stacked_words(const Element* p, int64_t stride, int64_t rows, int64_t count) {
-    const __m256i low = _mm256_maskz_loadu_epi16(lanes(count), p);
-    const __m256i high = _mm256_maskz_loadu_epi16(rows > 1 ? lanes(count) : 0, p + stride);
-    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(low),
-                                               _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
-  }
-  static void store_words(Element* p, F words, int64_t count) {
-    _mm512_mask_storeu_ps(p, lanes(count), words);
-  }
 };
 
 }  // namespace

@@ -32,14 +32,6 @@ struct Avx512Products {
   }
   static F load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(lanes(count), p); }
   static void store(float* p, F x, int64_t count) { _mm512_mask_storeu_ps(p, lanes(count), x); }
-
-  // Words of kDepth elements, see attention_loop.h: `count` neighbouring elements of a row, or of
-  // each of `rows` rows, and zeros.
-  static F words(const float* p, int64_t count) { return load(p, count); }
-  static F stacked_words(const float* p, int64_t, int64_t, int64_t count) { return load(p, count); }
-  static void store_words(Element* p, F words, int64_t count) {
-    _mm512_mask_storeu_ps(p, lanes(count), words);
-  }
 };
 
 }  // namespace

@@ -163,7 +163,7 @@ struct ConvRun {
     tile.row = part.strip.row;
     tile.weight_row = shape.kernel[1] * tap;
     tile.bias = args.bias == nullptr ? nullptr : args.bias + channel;
-    tile.stride = (down ? shape.out_size[1] : 1) * shape.out_channels;
+    tile.stride = down ? args.out_row : args.out_pixel;
     tile.channels = shape.out_channels - channel;
     const int64_t tiles = (count + kMost - 1) / kMost;
     for (int64_t begin = 0, left = tiles, pixels; left > 0; begin += pixels, --left) {
@@ -179,8 +179,7 @@ struct ConvRun {
                     channel * shape.kernel[0] * shape.kernel[1] * strips.depth +
                     row * tile.weight_row + column * tap;
       const int64_t place =
-          ((sample * shape.out_size[0] + at[0]) * shape.out_size[1] + at[1]) * shape.out_channels +
-          channel;
+          sample * args.out_sample + at[0] * args.out_row + at[1] * args.out_pixel + channel;
       tile.out = static_cast<T*>(args.out) + place;
       tile.residual =
           args.residual == nullptr ? nullptr : static_cast<const T*>(args.residual) + place;
