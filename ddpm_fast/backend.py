@@ -146,7 +146,8 @@ def resolve_backend(device: torch.device | str, requested: str = "auto") -> tupl
     requested: "auto", "cpu", "cuda", "triton" or "reference". Raises BackendError if what is asked
     for, here or in DDPM_FAST_BACKEND, is not available. Answers are kept for the process.
     """
-    return _resolve(torch.device(device).type, requested)
+    device_type = device.type if isinstance(device, torch.device) else torch.device(device).type
+    return _resolve(device_type, requested)
 
 
 # What torch.compiler.assume_constant_result does, without its import of all of torch._dynamo, which

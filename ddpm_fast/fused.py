@@ -32,7 +32,25 @@ def as_image(weight: Tensor) -> Tensor:
     return weight if weight.ndim == 4 else weight.unsqueeze(2)
 
 
-class Conv(nn.Module):
+class Layer(nn.Module):
+    """A module whose parts are found and called as any object's are.
+
+    What torch's modules do beside that takes more than a microsecond for each part and each call,
+    which is much of a small network's time.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self.__dict__[name] = value
+
+    def __call__(self, *inputs: Any, **settings: Any) -> Tensor:
+        if self._forward_pre_hooks or self._forward_hooks:
+            return super().__call__(*inputs, **settings)
+        return self.forward(*inputs, **settings)
+
+
+class Conv(Layer):
     """A convolution whose weight lies as the kernel wants it, so that no call reorders it.
 
     The kernel is `ops.conv2d` where that is faster than oneDNN.
@@ -102,7 +120,7 @@ class Conv(nn.Module):
         )
 
 
-class UpsampleConv(nn.Module):
+class UpsampleConv(Layer):
     """Nearest-neighbour doubling and a convolution with 3 taps: see `ops.upsample_conv2d`.
 
     Where that is not the fastest, one convolution makes all phases as channels, which are then put
@@ -148,7 +166,7 @@ class UpsampleConv(nn.Module):
         return out.view(n, height * rows, width * columns, self.channels).permute(0, 3, 1, 2)
 
 
-class Norm(nn.Module):
+class Norm(Layer):
     """GroupNorm, and SiLU if `silu`, in one pass; see `ops.group_norm`."""
 
     def __init__(self, norm: nn.GroupNorm, silu: bool = True) -> None:

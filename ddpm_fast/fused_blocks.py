@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .fused import Conv, Norm, Size, UpsampleConv, as_image
+from .fused import Conv, Layer, Norm, Size, UpsampleConv, as_image
 from .time_table import TimeTable
 from .unet import Attention, Downsample, ResBlock, Stage, Upsample
 
@@ -26,7 +27,7 @@ def packed(conv: nn.Module, dtype: torch.dtype, size: Size, bias: bool = True) -
     return Conv(as_image(conv.weight), conv.bias if bias else None, dtype, size, padding, stride)
 
 
-class FusedResBlock(nn.Module):
+class FusedResBlock(Layer):
     """See `unet.ResBlock`. The input may come in two parts, x and skip."""
 
     def __init__(
@@ -43,22 +44,22 @@ class FusedResBlock(nn.Module):
         self.is_fused = self.resample is None
         self.factors = (1,) * (2 - dims) + (2,) * dims
         self.norm1, self.norm2 = Norm(block.norm1), Norm(block.norm2)
-        self.columns = self._tabulate(block, table)
+        self.column = self._tabulate(block, table)
         bias = self.scale_shift  # otherwise it is in the table
         if block.resample == "up":
             self.conv1 = UpsampleConv(block.conv1, dtype, size, bias)
         else:
             self.conv1 = packed(block.conv1, dtype, size, bias)
         self.conv2 = packed(block.conv2, dtype, size)
-        self.shortcut = nn.ModuleList()
+        self.shortcut = self.skip_shortcut = None
         if not isinstance(block.shortcut, nn.Identity):
             weight, bias = as_image(block.shortcut.weight), block.shortcut.bias
-            parts = [weight.shape[1] - skip_channels, skip_channels]
-            for part in weight.split(parts[: 1 + (skip_channels > 0)], 1):
-                self.shortcut.append(Conv(part, bias, dtype, size))
-                bias = None
+            channels = weight.shape[1] - skip_channels
+            self.shortcut = Conv(weight[:, :channels], bias, dtype, size)
+            if skip_channels:
+                self.skip_shortcut = Conv(weight[:, channels:], None, dtype, size)
 
-    def _tabulate(self, block: ResBlock, table: TimeTable) -> slice:
+    def _tabulate(self, block: ResBlock, table: TimeTable) -> int:
         """What is added before the second norm, or the weight and bias that it takes."""
         weight, bias = block.time.weight.detach().float(), block.time.bias.detach().float()
         if not self.scale_shift:
@@ -76,18 +77,18 @@ class FusedResBlock(nn.Module):
         factors = [float(factor) for factor in self.factors]
         return F.interpolate(x, scale_factor=factors, mode="nearest")
 
-    def forward(self, x: Tensor, skip: Tensor | None, rows: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None, rows: Sequence[Tensor]) -> Tensor:
         h = self.norm1(x, skip)
         if self.resample == "down":
             h = self._resampled(h)
-        h, row = self.conv1(h), rows[:, self.columns]
+        h, row = self.conv1(h), rows[self.column]
         h = self.norm2(h, affine=row.chunk(2, 1)) if self.scale_shift else self.norm2(h, shift=row)
         if self.resample:
             x = self._resampled(x)
-        if self.shortcut:
-            x = self.shortcut[0](x)
+        if self.shortcut is not None:
+            x = self.shortcut(x)
             if skip is not None:
-                x = self.shortcut[1](skip, x)
+                x = self.skip_shortcut(skip, x)
         elif skip is not None:
             x = torch.cat((x, skip), 1)
         return self.conv2(h, x)
@@ -98,7 +99,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-class FusedAttention(nn.Module):
+class FusedAttention(Layer):
     """See `unet.Attention`. With one head, query and key, and value and output, are one projection.
 
     The score (Wq x + bq) (Wk y + bk) is (Wk' Wq x + Wk' bq) y, and something equal for all y, which
@@ -148,7 +149,7 @@ class FusedAttention(nn.Module):
         return self.out(self._attend(*inputs), x)
 
 
-class FusedStage(nn.Module):
+class FusedStage(Layer):
     """See `unet.Stage`."""
 
     def __init__(
@@ -164,12 +165,12 @@ class FusedStage(nn.Module):
         attention = stage.attention
         self.attention = None if attention is None else FusedAttention(attention, dtype, size)
 
-    def forward(self, x: Tensor, skip: Tensor | None, rows: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None, rows: Sequence[Tensor]) -> Tensor:
         x = self.block(x, skip, rows)
         return x if self.attention is None else self.attention(x)
 
 
-class FusedResampler(nn.Module):
+class FusedResampler(Layer):
     """See `unet.Downsample` and `unet.Upsample`."""
 
     def __init__(self, layer: Downsample | Upsample, dtype: torch.dtype, size: Size) -> None:
@@ -178,5 +179,5 @@ class FusedResampler(nn.Module):
         self.pad = () if is_up else layer.pad
         self.conv = (UpsampleConv if is_up else packed)(layer.conv, dtype, size)
 
-    def forward(self, x: Tensor, skip: None, rows: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: None, rows: Sequence[Tensor]) -> Tensor:
         return self.conv(F.pad(x, self.pad) if self.pad else x)
