@@ -11,6 +11,7 @@ import torch
 
 from ddpm_fast import backend, ops, time_table
 from ddpm_fast.checkpoint import load_model
+from ddpm_fast.fused import Layer
 from ddpm_fast.fused_blocks import FusedAttention
 from ddpm_fast.inference import FusedUNet, prepare, unfused
 from ddpm_fast.sampler import Sampler
@@ -124,6 +125,17 @@ def test_a_copy_and_a_pickle_compute_the_same_bits(dtype, tiny_config):
     for made in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         assert torch.equal(run(made, dtype, x, *rest), want) and unfused(made) == unfused(network)
     assert torch.equal(run(network, dtype, x, *rest), want)
+
+
+def test_its_layers_hooks_are_called(tiny_config):
+    """Which a profile needs."""
+    network, seen = prepare(UNet(tiny_config()), CPU, F32), []
+    layers = [m for m in network.modules() if isinstance(m, Layer)]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, inputs: seen.append(module))
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(module))
+    network(*inputs(tiny_config(), 2)[:2])
+    assert len(layers) > 50 and all(sum(m is layer for m in seen) == 2 for layer in layers)
 
 
 def test_it_stays_where_it_was_prepared_for(tiny_config):
