@@ -255,7 +255,7 @@ def test_conv2d(benchmark, figures, monkeypatch, threads, shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 96, 7, 7), (1, 256, 16, 16), (16, 256, 16, 16)], ids=str)
 def test_upsample_conv2d(benchmark, figures, monkeypatch, threads, shape, dtype):
-    """Doubling and 3x3 to as many channels; oneDNN's makes all phases, to be put in their places."""
+    """Doubling and 3x3; oneDNN's makes all phases side by side, to be put in their places."""
     if not ops.is_conv2d_fastest(dtype):
         pytest.skip("prepared networks use oneDNN here")
     conv, size = nn.Conv2d(shape[1], shape[1], 3, padding=1), shape[2:]

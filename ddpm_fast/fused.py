@@ -123,6 +123,7 @@ class Conv(Layer):
 class UpsampleConv(Layer):
     """Nearest-neighbour doubling and a convolution with 3 taps: see `ops.upsample_conv2d`.
 
+    shape: of the weight of each phase, (O, I, 2, 2), or (O, I, 1, 2) for series.
     Where that is not the fastest, one convolution makes all phases as channels, which are then put
     in their places.
     """
@@ -130,12 +131,12 @@ class UpsampleConv(Layer):
     def __init__(self, conv: nn.Module, dtype: torch.dtype, size: Size, bias: bool = True) -> None:
         super().__init__()
         weight = as_image(conv.weight)
-        self.channels = weight.shape[0]
         self.factors = tuple(2 if taps == 3 else 1 for taps in weight.shape[2:])
         weights = [weight]
         for dim in (2, 3):
             if weight.shape[dim] == 3:
                 weights = [part for w in weights for part in self._two_taps(w, dim)]
+        self.shape = tuple(weights[0].shape)
         self.is_own = ops.is_conv2d_fastest(dtype)
         if self.is_own:
             self.weight = torch.stack([ops.pack_conv2d(w.to(dtype)) for w in weights])
@@ -155,15 +156,15 @@ class UpsampleConv(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_own:
-            return ops.upsample_conv2d(x, self.weight, self.bias, self.channels)
+            return ops.upsample_conv2d(x, self.weight, self.bias, self.shape[0])
         n, _, height, width = x.shape
-        rows, columns = self.factors
-        y = self.conv(x).permute(0, 2, 3, 1).unflatten(3, (rows, columns, self.channels))
-        out = y.new_empty(n, height, rows, width, columns, self.channels)
+        (rows, columns), channels = self.factors, self.shape[0]
+        y = self.conv(x).permute(0, 2, 3, 1).unflatten(3, (rows, columns, channels))
+        out = y.new_empty(n, height, rows, width, columns, channels)
         for i in range(rows):
             for j in range(columns):
                 out[:, :, i, :, j] = y[:, i : i + height, j : j + width, i, j]
-        return out.view(n, height * rows, width * columns, self.channels).permute(0, 3, 1, 2)
+        return out.view(n, height * rows, width * columns, channels).permute(0, 3, 1, 2)
 
 
 class Norm(Layer):
