@@ -99,6 +99,9 @@ def test_what_is_not_finite_stays_so(dtype):
     got, (want, _) = ops.attention(query, key, value, 2), formula(query, key, value, 2)
     assert torch.equal(got.isnan(), want.isnan())
     assert 8 < int(got.isnan().sum()) < got.numel() // 2
+    lowest = torch.full((1, 4, 3, 3), float("-inf"), dtype=dtype).contiguous(memory_format=LAST)
+    ones = lowest.isinf().to(dtype)
+    assert ops.attention(ones, lowest, ones).isnan().all()
 
 
 def test_no_samples_and_no_pixels(dtype):

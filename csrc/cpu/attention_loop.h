@@ -63,8 +63,7 @@ void pack_columns(const typename D::Element* weight, int64_t stride, int64_t row
   }
 }
 
-// Scores of as many lanes as there are, `count` of them whole vectors, become weights of sum 1.
-// They may lie in the same place.
+// `count` scores, whole vectors of them, become weights of sum 1, which may lie in the same place.
 template <class D, class V>
 void softmax(float* scores, int64_t count, typename D::Element* weights) {
   using F = typename V::F;
@@ -206,7 +205,7 @@ void attention(const AttentionArgs& args, int64_t begin, int64_t end, void* memo
       multiply<D>(x, pixel, count, channels, keys, positions, scores, parts.row);
       for (int64_t r = 0; r < count; ++r) {
         float* row = scores + r * parts.row;
-        for (int64_t j = positions; j < parts.row; ++j) row[j] = -__FLT_MAX__;
+        for (int64_t j = positions; j < parts.row; ++j) row[j] = -__builtin_inff();
         softmax<D, V>(row, parts.row, weights + r * weights_row);
       }
       multiply<D>(weights, weights_row, count, positions, values, channels, out + i * out_row,
