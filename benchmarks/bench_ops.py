@@ -17,11 +17,11 @@ import pytest
 import results
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_fast import ops
 from ddpm_fast.device import resolve_device
-from ddpm_fast.fused import Conv
+from ddpm_fast.fused import Conv, UpsampleConv
 from ddpm_fast.plan import make_plan
 from ddpm_fast.schedule import NoiseSchedule
 
@@ -83,7 +83,7 @@ def alternate(benchmark, calls: dict[str, Call]) -> dict[str, float]:
 def figures() -> Iterator[dict]:
     """{operator: {case: {who: seconds a call}}}, written when all are measured."""
     rows: dict = {"randn": {}, "q_sample": {}, "p_sample_step": {}, "group_norm": {}}
-    rows["conv2d"] = {}
+    rows |= {"conv2d": {}, "upsample_conv2d": {}, "attention": {}}
     rows["absent_peers"] = [] if DDPMScheduler else ["diffusers"]
     with torch.inference_mode():
         yield rows
@@ -250,3 +250,41 @@ def test_conv2d(benchmark, figures, monkeypatch, threads, shape, dtype):
     calls = {"cpu": lambda: own(x, residual), "oneDNN, packed": lambda: onednn(x, residual)}
     kind = str(dtype).removeprefix("torch.")
     figures["conv2d"][f"{shape}, {kind}, threads: {threads}"] = alternate(benchmark, calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 96, 7, 7), (1, 256, 16, 16), (16, 256, 16, 16)], ids=str)
+def test_upsample_conv2d(benchmark, figures, monkeypatch, threads, shape, dtype):
+    """Doubling and 3x3; oneDNN's makes all phases side by side, to be put in their places."""
+    if not ops.is_conv2d_fastest(dtype):
+        pytest.skip("prepared networks use oneDNN here")
+    conv, size = nn.Conv2d(shape[1], shape[1], 3, padding=1), shape[2:]
+    x = random(*shape).to(dtype).contiguous(memory_format=LAST)
+    own = UpsampleConv(conv, dtype, size)
+    monkeypatch.setattr(ops, "is_conv2d_fastest", lambda dtype: False)
+    onednn = UpsampleConv(conv, dtype, size)
+    calls = {"cpu": lambda: own(x), "oneDNN, packed, and copies": lambda: onednn(x)}
+    kind = str(dtype).removeprefix("torch.")
+    figures["upsample_conv2d"][f"{shape}, {kind}, threads: {threads}"] = alternate(benchmark, calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 96, 7, 7), (1, 256, 16, 16), (16, 256, 16, 16), (1, 128, 64, 64)], ids=str
+)
+def test_attention(benchmark, figures, threads, shape, dtype):
+    """One head, whose keys are its values: a layer of a prepared network."""
+    if not ops.is_attention_fastest(dtype):
+        pytest.skip("prepared networks use torch's here")
+    query, key = (random(*shape).to(dtype).contiguous(memory_format=LAST) for _ in range(2))
+    query *= shape[1] ** -0.5
+    q, k = (x.permute(0, 2, 3, 1).flatten(1, 2) for x in (query, key))
+    torch_calls = {
+        "softmax and bmm": lambda: torch.bmm(torch.bmm(q, k.mT).softmax(-1), k),
+        "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(
+            q[:, None], k[:, None], k[:, None], scale=1.0
+        ),
+    }
+    calls = {"cpu": lambda: ops.attention(query, key, key)} | torch_calls
+    kind = str(dtype).removeprefix("torch.")
+    figures["attention"][f"{shape}, {kind}, threads: {threads}"] = alternate(benchmark, calls)

@@ -22,7 +22,7 @@ from peers import CEILING_FLOP, ceiling
 from torch import Tensor, nn
 
 from ddpm_fast.device import resolve_dtype
-from ddpm_fast.fused import Conv
+from ddpm_fast.fused import Conv, UpsampleConv
 from ddpm_fast.inference import FusedUNet, prepare
 
 CPU = torch.device("cpu")
@@ -53,7 +53,8 @@ class Profile:
             self._inner[-1] += taken
         kind, flop = type(module).__name__, 0.0
         weight = getattr(module, "weight", None)
-        shape = module.shape if isinstance(module, Conv) else getattr(weight, "shape", ())
+        is_fused = isinstance(module, Conv | UpsampleConv) and not hasattr(module, "conv")
+        shape = module.shape if is_fused else getattr(weight, "shape", ())
         if len(shape) > 2:
             taps = "x".join(map(str, shape[2:]))
             size = "x".join(map(str, out.shape[2:]))

@@ -59,6 +59,12 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("bfloat16"),
       "The instruction set of `conv2d`, or None where this CPU, or the level in use, has none.");
+  m.def(
+      "has_attention",
+      [](bool bfloat16) {
+        return attention_kernels(bfloat16 ? DType::kBFloat16 : DType::kFloat32) != nullptr;
+      },
+      py::arg("bfloat16"), "Whether this CPU, at the level in use, has `attention`.");
   m.def("_set_cpu_level", &set_cpu_level, py::arg("name"),
         "Use this level from now on (for tests); RuntimeError if it is not available.");
   bind_numpy(m);

@@ -31,14 +31,29 @@ struct ConvShape {
   int64_t size[2], out_size[2], kernel[2], stride[2], padding[2];
 };
 
-// out = convolution of x, plus bias and residual: channels_last, without gaps.
+// out = convolution of x, plus bias and residual: channels_last; x has no gaps.
 struct ConvArgs {
   ConvShape shape;
   int64_t samples;
   void* out;
-  const void *x, *weight;  // weight: as ConvKernels::pack made it
-  const float* bias;       // or null
-  const void* residual;    // or null; like out
+  int64_t out_sample, out_row, out_pixel;  // its strides
+  const void *x, *weight;                  // weight: as ConvKernels::pack made it
+  const float* bias;                       // or null
+  const void* residual;                    // or null; like out
+};
+
+// (samples, positions, heads * channels), whose channels are neighbours; `sample` and `position`
+// are strides.
+struct AttentionInput {
+  const void* first;
+  int64_t sample, position;
+};
+
+// out = softmax(query key') value of each sample's heads; out has no gaps.
+struct AttentionArgs {
+  int64_t samples, positions, heads, channels;  // channels: of a head
+  AttentionInput query, key, value;
+  void* out;
 };
 
 // Static, as in arguments.h.
@@ -72,10 +87,19 @@ struct ConvKernels {
   void (*conv2d)(const ConvArgs&, int64_t begin, int64_t end, void* memory);
 };
 
+// Attention of one dtype.
+struct AttentionKernels {
+  int64_t (*memory_bytes)(const AttentionArgs&);
+  // The range is in queries, [0, samples * heads * positions), and may be cut anywhere.
+  void (*attention)(const AttentionArgs&, int64_t begin, int64_t end, void* memory);
+};
+
 // winograd: by Winograd's algorithm, which is for kernels of 3 x 3 and stride 1. Null where the
 // level in use is below AVX2, and for bfloat16 where it is below AVX-512 or the CPU lacks
 // AVX512-BF16.
 const ConvKernels* conv_kernels(DType dtype, bool winograd);
+// Null where the level in use is below AVX-512, and for bfloat16 where the CPU lacks AVX512-BF16.
+const AttentionKernels* attention_kernels(DType dtype);
 
 // The level in use: DDPM_FAST_CPU (baseline, avx2, avx512), else the best that this CPU has.
 // Throws std::runtime_error if the variable asks for a level that is not there.
@@ -89,6 +113,7 @@ extern const CpuKernels kAvx512Kernels;
 extern const ConvKernels kAvx2Conv, kAvx2Winograd;
 extern const ConvKernels kAvx512Conv, kAvx512Winograd;
 extern const ConvKernels kAvx512Bf16Conv, kAvx512Bf16Winograd;
+extern const AttentionKernels kAvx512Attention, kAvx512Bf16Attention;
 
 // Launchers; each returns cudaError_t. A bad row of a step leaves its sample as it was and sets the
 // status; a bad timestep makes its sample NaN.

@@ -1,8 +1,8 @@
 // Convolutions for torch: their checks, and the kernel over all cores.
-#include <atomic>
-#include <new>
+#include <algorithm>
 #include <vector>
 
+#include "torch_image.h"
 #include "torch_run.h"
 
 namespace ddpm_fast {
@@ -40,33 +40,6 @@ void set_pair(const char* name, const Pair& values, int64_t least, int64_t (&to)
   to[1] = values[1];
 }
 
-// A tensor (N, C, H, W) on the CPU, channels_last without gaps.
-void require_image(const char* name, const Tensor& t, ScalarType dtype) {
-  require_dtype(name, t, dtype);
-  require(t.is_cpu() && t.dim() == 4, name,
-          " must be on the CPU, of the shape (N, C, H, W), but it is ", shape_text(t), ".");
-  int64_t expected = 1;
-  for (int i : {1, 3, 2, 0}) {
-    require(t.size(i) == 1 || t.stride(i) == expected || t.numel() == 0, name,
-            " must be channels_last without gaps.");
-    expected *= t.size(i);
-  }
-}
-
-// Without the dispatcher, which costs a microsecond.
-Tensor empty_image(ScalarType dtype, int64_t n, int64_t channels, int64_t height, int64_t width) {
-  const int64_t sizes[] = {n, channels, height, width};
-  const int64_t strides[] = {channels * height * width, 1, channels * width, channels};
-  AtenTensorHandle image;
-  const auto failed = aoti_torch_empty_strided(
-      4, sizes, strides,
-      dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(),
-      aoti_torch_device_type_cpu(), 0, &image);
-  require(!failed, "there is not enough memory for a result of ", n, " x ", channels, " x ", height,
-          " x ", width, " ", dtype_name(dtype), "; use smaller batches.");
-  return Tensor(image);
-}
-
 ConvShape shape_of(const Tensor& x, int64_t out_channels, const Pair& kernel_size,
                    const Pair& stride, const Pair& padding) {
   ConvShape shape{};
@@ -93,35 +66,49 @@ void require_3x3(const ConvShape& shape) {
           ".");
 }
 
-void run(const ConvKernels& kernel, ConvArgs args) {
+// Layers that differ in their padding, weights and places alone: all at once.
+void run(const ConvKernels& kernel, const std::vector<ConvArgs>& layers) {
+  const ConvArgs& args = layers[0];
+  const ConvShape& shape = args.shape;
+  const int64_t outputs = args.samples * shape.out_size[0] * shape.out_size[1] * shape.out_channels;
+  if (outputs == 0) return;
+  const int64_t units = kernel.units(args), count = static_cast<int64_t>(layers.size());
+  const int64_t each = outputs * shape.kernel[0] * shape.kernel[1] * shape.in_channels / units;
+  int64_t bytes = 0;
+  for (const ConvArgs& layer : layers) bytes = std::max(bytes, kernel.memory_bytes(layer.shape));
+  run_with_memory(count * units, kGrainProducts / (each + 1) + 1, bytes,
+                  [&](int64_t begin, int64_t end, void* memory) {
+                    while (begin < end) {
+                      const int64_t first = begin / units * units;
+                      const int64_t last = std::min(end, first + units);
+                      kernel.conv2d(layers[first / units], begin - first, last - first, memory);
+                      begin = last;
+                    }
+                  });
+}
+
+// Of the result of `conv2d`, without gaps.
+void set_places(const ConvKernels& kernel, ConvArgs& args) {
   ConvShape& shape = args.shape;
-  const int64_t taps = shape.kernel[0] * shape.kernel[1];
-  if (taps * shape.stride[0] * shape.stride[1] == 1 && shape.padding[0] + shape.padding[1] == 0 &&
-      kernel.memory_bytes(shape) == 0) {
+  if (shape.kernel[0] * shape.kernel[1] * shape.stride[0] * shape.stride[1] == 1 &&
+      shape.padding[0] + shape.padding[1] == 0 && kernel.memory_bytes(shape) == 0) {
     // Pixels do not see each other: all are one row, with fewer tiles cut short. (Where rows are
     // copied, this would copy all at once.)
     shape.size[1] = shape.out_size[1] = args.samples * shape.size[0] * shape.size[1];
     shape.size[0] = shape.out_size[0] = args.samples = 1;
   }
-  const int64_t outputs = args.samples * shape.out_size[0] * shape.out_size[1] * shape.out_channels;
-  if (outputs == 0) return;
-  const int64_t units = kernel.units(args), each = outputs * taps * shape.in_channels / units;
-  const size_t words = (kernel.memory_bytes(shape) + 7) / 8;
-  std::atomic<bool> is_too_little{false};
-  torch::stable::parallel_for(0, units, kGrainProducts / (each + 1) + 1,
-                              [&](int64_t begin, int64_t end) {
-                                // Kept: a large allocation's pages would cost more than a small
-                                // layer.
-                                static thread_local std::vector<uint64_t> memory;
-                                try {
-                                  if (memory.size() < words) memory.resize(words);
-                                  kernel.conv2d(args, begin, end, memory.data());
-                                } catch (const std::bad_alloc&) {
-                                  is_too_little = true;
-                                }
-                              });
-  require(!is_too_little, "there is not enough memory for a thread's part of a convolution, ",
-          words * 8, " bytes.");
+  args.out_pixel = shape.out_channels;
+  args.out_row = shape.out_size[1] * args.out_pixel;
+  args.out_sample = shape.out_size[0] * args.out_row;
+}
+
+void set_bias(const std::optional<Tensor>& bias, ConvArgs& args) {
+  if (!bias) return;
+  const int64_t channels = args.shape.out_channels;
+  require_dtype("bias", *bias, ScalarType::Float);
+  require(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == channels && bias->is_contiguous(),
+          "bias must have the shape (", channels, ",), but it is ", shape_text(*bias), ".");
+  args.bias = read<float>(*bias);
 }
 
 }  // namespace
@@ -163,13 +150,7 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
       ", ", shape.kernel[0], ", ", shape.kernel[1], ").");
   args.samples = x.size(0);
   Tensor out = empty_image(dtype, args.samples, out_channels, shape.out_size[0], shape.out_size[1]);
-  if (bias) {
-    require_dtype("bias", *bias, ScalarType::Float);
-    require(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == out_channels &&
-                bias->is_contiguous(),
-            "bias must have the shape (", out_channels, ",), but it is ", shape_text(*bias), ".");
-    args.bias = read<float>(*bias);
-  }
+  set_bias(bias, args);
   if (residual) {
     require_image("residual", *residual, dtype);
     require_same_shape("residual", *residual, "the result", out);
@@ -178,7 +159,53 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
   args.x = x.const_data_ptr();
   args.weight = weight.const_data_ptr();
   args.out = out.mutable_data_ptr();
-  run(kernel, args);
+  set_places(kernel, args);
+  run(kernel, {args});
+  return out;
+}
+
+Tensor upsample_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_channels) {
+  const ScalarType dtype = x.scalar_type();
+  const ConvKernels& kernel = kernels_for(dtype, false);
+  require_image("x", x, dtype);
+  require_dtype("weight", weight, dtype);
+  const int64_t phases = weight.dim() == 2 ? weight.size(0) : 0, rows = phases / 2;
+  require(
+      phases == 2 || phases == 4,
+      "weight must have the shape (4, packed), or (2, packed) to double the width alone, but it "
+      "is ",
+      shape_text(weight), ".");
+  // At a pixel 2 i + phase, of the doubled input's three pixels those of i - 1 and i, or of i and
+  // i + 1.
+  ConvArgs args{};
+  ConvShape& shape = args.shape = shape_of(x, out_channels, {1, 1}, {1, 1}, {0, 0});
+  shape.kernel[0] = rows;
+  shape.kernel[1] = 2;
+  require(
+      weight.is_cpu() && weight.is_contiguous() && weight.size(1) == kernel.packed_elements(shape),
+      "weight must be what pack_conv2d makes of ", phases, " weights (", out_channels, ", ",
+      shape.in_channels, ", ", rows, ", 2).");
+  args.samples = x.size(0);
+  const int64_t height = rows * shape.size[0], width = 2 * shape.size[1];
+  Tensor out = empty_image(dtype, args.samples, out_channels, height, width);
+  set_bias(bias, args);
+  args.x = x.const_data_ptr();
+  args.out_pixel = 2 * out_channels;
+  args.out_row = rows * width * out_channels;
+  args.out_sample = height * width * out_channels;
+  const auto at = [&](void* first, int64_t elements) {
+    return static_cast<char*>(first) + elements * x.element_size();
+  };
+  std::vector<ConvArgs> layers;
+  for (int64_t phase = 0; phase < phases; ++phase) {
+    const int64_t row = phase / 2, column = phase % 2;
+    shape.padding[0] = rows - 1 - row;
+    shape.padding[1] = 1 - column;
+    args.weight = at(weight.mutable_data_ptr(), phase * weight.size(1));
+    args.out = at(out.mutable_data_ptr(), (row * width + column) * out_channels);
+    layers.push_back(args);
+  }
+  run(kernel, layers);
   return out;
 }
 

@@ -23,6 +23,9 @@ Tensor pack_conv2d(Tensor weight, ScalarType dtype, bool winograd);
 Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
               int64_t out_channels, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
               std::vector<int64_t> padding, bool winograd);
+Tensor upsample_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_channels);
+// In torch_attention.cpp.
+Tensor attention(Tensor query, Tensor key, Tensor value, int64_t heads);
 
 namespace {
 
@@ -144,6 +147,8 @@ STABLE_TORCH_LIBRARY(ddpm_fast, m) {
   m.def(
       "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int out_channels, "
       "int[] kernel_size, int[] stride, int[] padding, bool winograd=False) -> Tensor");
+  m.def("upsample_conv2d(Tensor x, Tensor weight, Tensor? bias, int out_channels) -> Tensor");
+  m.def("attention(Tensor query, Tensor key, Tensor value, int heads) -> Tensor");
 }
 
 void implement(torch::stable::detail::StableLibrary& m) {
@@ -158,6 +163,8 @@ STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("group_norm", TORCH_BOX(&group_norm));
   m.impl("pack_conv2d", TORCH_BOX(&pack_conv2d));
   m.impl("conv2d", TORCH_BOX(&conv2d));
+  m.impl("upsample_conv2d", TORCH_BOX(&upsample_conv2d));
+  m.impl("attention", TORCH_BOX(&attention));
 }
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CUDA, m) { implement(m); }
 

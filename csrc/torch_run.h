@@ -1,6 +1,10 @@
 // Running a kernel on a tensor's device.
 #pragma once
 
+#include <atomic>
+#include <new>
+#include <vector>
+
 #include "cpu_run.h"
 #include "torch_checks.h"
 
@@ -21,6 +25,25 @@ T* write(const Tensor& t) {
 inline constexpr auto torch_threads = [](int64_t chunks, const auto& body) {
   torch::stable::parallel_for(0, chunks, kGrain, body);
 };
+
+// Torch's threads, each with `bytes` of memory, which it keeps: a large allocation's pages would
+// cost more than a small layer.
+template <class Body>
+void run_with_memory(int64_t units, int64_t grain, int64_t bytes, const Body& body) {
+  const size_t words = static_cast<size_t>(bytes + 7) / 8;
+  std::atomic<bool> is_missing{false};
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    static thread_local std::vector<uint64_t> memory;
+    try {
+      if (memory.size() < words) memory.resize(words);
+    } catch (const std::bad_alloc&) {
+      is_missing = true;
+      return;
+    }
+    body(begin, end, memory.data());
+  });
+  require(!is_missing, "there is not enough memory: each thread needs ", bytes, " bytes.");
+}
 
 inline void* current_stream(const Tensor& t) {
   void* stream = nullptr;

@@ -49,6 +49,13 @@ def conv_kernels(dtype: torch.dtype) -> str | None:
     return extension.conv_kernels(dtype == torch.bfloat16)
 
 
+def has_attention(dtype: torch.dtype) -> bool:
+    """Whether `ops.attention` is there on this CPU, at the level in use."""
+    if extension is None or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return extension.has_attention(dtype == torch.bfloat16)
+
+
 def is_overridden() -> bool:
     """Whether DDPM_FAST_BACKEND says what "auto" is."""
     return os.environ.get("DDPM_FAST_BACKEND", "").strip() not in ("", "auto")
@@ -139,7 +146,8 @@ def resolve_backend(device: torch.device | str, requested: str = "auto") -> tupl
     requested: "auto", "cpu", "cuda", "triton" or "reference". Raises BackendError if what is asked
     for, here or in DDPM_FAST_BACKEND, is not available. Answers are kept for the process.
     """
-    return _resolve(torch.device(device).type, requested)
+    device_type = device.type if isinstance(device, torch.device) else torch.device(device).type
+    return _resolve(device_type, requested)
 
 
 # What torch.compiler.assume_constant_result does, without its import of all of torch._dynamo, which

@@ -25,6 +25,11 @@ PACKING = 2  # one more with each change of what `ops.pack_conv2d` makes
 _onednn = torch.ops.mkldnn
 
 
+def _packing(dtype: torch.dtype) -> tuple[torch.dtype, str | None, int]:
+    """What the order of our own packed weights depends on."""
+    return dtype, backend.conv_kernels(dtype), PACKING
+
+
 def is_packable(dtype: torch.dtype) -> bool:
     """Whether this torch has oneDNN's convolutions, in this dtype, on this CPU."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
@@ -38,7 +43,35 @@ def as_image(weight: Tensor) -> Tensor:
     return weight if weight.ndim == 4 else weight.unsqueeze(2)
 
 
-class Conv(nn.Module):
+class Layer(nn.Module):
+    """A module whose parts are found and called as any object's are.
+
+    What torch's modules do beside that takes more than a microsecond for each part and each call,
+    which is much of a small network's time.
+    """
+
+    packing: tuple[torch.dtype, str | None, int] | None = None  # of its own packed weights
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self.__dict__[name] = value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.packing is not None and self.packing != _packing(self.packing[0]):
+            raise RuntimeError(
+                "this network was prepared for another CPU or by another ddpm_fast, whose packed "
+                "weights lie in another order: prepare the model anew"
+            )
+
+    def __call__(self, *inputs: Any, **settings: Any) -> Tensor:
+        if self._forward_pre_hooks or self._forward_hooks:
+            return super().__call__(*inputs, **settings)
+        return self.forward(*inputs, **settings)
+
+
+class Conv(Layer):
     """A convolution whose weight lies as the kernel wants it, so that no call reorders it.
 
     The kernel is `ops.conv2d` where that is faster than oneDNN.
@@ -68,18 +101,13 @@ class Conv(nn.Module):
         )
         kernel = list(self.shape[2:])
         self.own_place = (self.shape[0], kernel, list(stride), list(padding), winograd)
-        self.packing = self._packing(dtype)
+        self.packing = _packing(dtype) if self.is_own else None
         bias_dtype = torch.float32 if self.is_own else dtype
         self.bias = None if bias is None else bias.detach().to(bias_dtype, copy=True)
         if self.is_own:
             self.is_fused, self.weight = True, ops.pack_conv2d(weight.float(), dtype, winograd)
         else:
             self._take(weight.to(dtype, copy=True, memory_format=torch.channels_last))
-
-    @staticmethod
-    def _packing(dtype: torch.dtype) -> tuple[torch.dtype, str | None, int]:
-        """What the order of our own packed weights depends on."""
-        return dtype, backend.conv_kernels(dtype), PACKING
 
     def _take(self, weight: Tensor) -> None:
         self.is_fused = is_packable(weight.dtype)
@@ -97,11 +125,6 @@ class Conv(nn.Module):
         super().__setstate__(state)
         if not self.is_own:
             self._take(self.weight)
-        elif self.packing != self._packing(self.packing[0]):
-            raise RuntimeError(
-                "this network was prepared for another CPU or by another ddpm_fast, whose packed "
-                "weights lie in another order: prepare the model anew"
-            )
 
     def forward(self, x: Tensor, to: Tensor | None = None) -> Tensor:
         """The convolution of x, plus `to`, rounded once."""
@@ -120,26 +143,32 @@ class Conv(nn.Module):
         )
 
 
-class UpsampleConv(nn.Module):
-    """Nearest-neighbour doubling and a convolution with 3 taps, on the small input.
+class UpsampleConv(Layer):
+    """Nearest-neighbour doubling and a convolution with 3 taps: see `ops.upsample_conv2d`.
 
-    An output pixel at 2 i + phase reads the inputs i - 1 and i, or i and i + 1, one of them twice:
-    a convolution with 2 taps. One convolution makes all phases as channels, which are then put in
-    their places. Algebraically the same, at 4/9 of the multiplications for images.
+    shape: of the weight of each phase, (O, I, 2, 2), or (O, I, 1, 2) for series.
+    Where that is not the fastest, one convolution makes all phases as channels, which are then put
+    in their places.
     """
 
     def __init__(self, conv: nn.Module, dtype: torch.dtype, size: Size, bias: bool = True) -> None:
         super().__init__()
         weight = as_image(conv.weight)
-        self.channels = weight.shape[0]
-        self.phases = tuple(2 if taps == 3 else 1 for taps in weight.shape[2:])
+        self.factors = tuple(2 if taps == 3 else 1 for taps in weight.shape[2:])
         weights = [weight]
         for dim in (2, 3):
             if weight.shape[dim] == 3:
                 weights = [part for w in weights for part in self._two_taps(w, dim)]
-        biases = conv.bias.repeat(len(weights)) if bias else None
-        padding = tuple(p - 1 for p in self.phases)
-        self.conv = Conv(torch.cat(weights), biases, dtype, size, padding)
+        self.shape = tuple(weights[0].shape)
+        self.is_own = ops.is_conv2d_fastest(dtype)
+        if self.is_own:
+            self.packing = _packing(dtype)
+            self.weight = torch.stack([ops.pack_conv2d(w, dtype) for w in weights])
+            self.bias = conv.bias.detach().float().clone() if bias else None
+        else:
+            biases = conv.bias.repeat(len(weights)) if bias else None
+            padding = tuple(factor - 1 for factor in self.factors)
+            self.conv = Conv(torch.cat(weights), biases, dtype, size, padding)
 
     @staticmethod
     def _two_taps(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -150,17 +179,19 @@ class UpsampleConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_own:
+            return ops.upsample_conv2d(x, self.weight, self.bias, self.shape[0])
         n, _, height, width = x.shape
-        rows, columns = self.phases
-        y = self.conv(x).permute(0, 2, 3, 1).unflatten(3, (rows, columns, self.channels))
-        out = y.new_empty(n, height, rows, width, columns, self.channels)
+        (rows, columns), channels = self.factors, self.shape[0]
+        y = self.conv(x).permute(0, 2, 3, 1).unflatten(3, (rows, columns, channels))
+        out = y.new_empty(n, height, rows, width, columns, channels)
         for i in range(rows):
             for j in range(columns):
                 out[:, :, i, :, j] = y[:, i : i + height, j : j + width, i, j]
-        return out.view(n, height * rows, width * columns, self.channels).permute(0, 3, 1, 2)
+        return out.view(n, height * rows, width * columns, channels).permute(0, 3, 1, 2)
 
 
-class Norm(nn.Module):
+class Norm(Layer):
     """GroupNorm, and SiLU if `silu`, in one pass; see `ops.group_norm`."""
 
     def __init__(self, norm: nn.GroupNorm, silu: bool = True) -> None:

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused import Conv, Norm, Size, UpsampleConv, as_image
+from . import ops
+from .fused import Conv, Layer, Norm, Size, UpsampleConv, as_image
 from .time_table import TimeTable
 from .unet import Attention, Downsample, ResBlock, Stage, Upsample
 
-LONGEST_SCORES = 512  # positions up to which attention's scores are kept whole
+LONGEST_SCORES = 512  # positions up to which torch's attention keeps its scores whole
 
 
 def packed(conv: nn.Module, dtype: torch.dtype, size: Size, bias: bool = True) -> Conv:
@@ -25,7 +27,7 @@ def packed(conv: nn.Module, dtype: torch.dtype, size: Size, bias: bool = True) -
     return Conv(as_image(conv.weight), conv.bias if bias else None, dtype, size, padding, stride)
 
 
-class FusedResBlock(nn.Module):
+class FusedResBlock(Layer):
     """See `unet.ResBlock`. The input may come in two parts, x and skip."""
 
     def __init__(
@@ -42,22 +44,22 @@ class FusedResBlock(nn.Module):
         self.is_fused = self.resample is None
         self.factors = (1,) * (2 - dims) + (2,) * dims
         self.norm1, self.norm2 = Norm(block.norm1), Norm(block.norm2)
-        self.columns = self._tabulate(block, table)
+        self.column = self._tabulate(block, table)
         bias = self.scale_shift  # otherwise it is in the table
         if block.resample == "up":
             self.conv1 = UpsampleConv(block.conv1, dtype, size, bias)
         else:
             self.conv1 = packed(block.conv1, dtype, size, bias)
         self.conv2 = packed(block.conv2, dtype, size)
-        self.shortcut = nn.ModuleList()
+        self.shortcut = self.skip_shortcut = None
         if not isinstance(block.shortcut, nn.Identity):
             weight, bias = as_image(block.shortcut.weight), block.shortcut.bias
-            parts = [weight.shape[1] - skip_channels, skip_channels]
-            for part in weight.split(parts[: 1 + (skip_channels > 0)], 1):
-                self.shortcut.append(Conv(part, bias, dtype, size))
-                bias = None
+            channels = weight.shape[1] - skip_channels
+            self.shortcut = Conv(weight[:, :channels], bias, dtype, size)
+            if skip_channels:
+                self.skip_shortcut = Conv(weight[:, channels:], None, dtype, size)
 
-    def _tabulate(self, block: ResBlock, table: TimeTable) -> slice:
+    def _tabulate(self, block: ResBlock, table: TimeTable) -> int:
         """What is added before the second norm, or the weight and bias that it takes."""
         weight, bias = block.time.weight.detach().float(), block.time.bias.detach().float()
         if not self.scale_shift:
@@ -75,29 +77,29 @@ class FusedResBlock(nn.Module):
         factors = [float(factor) for factor in self.factors]
         return F.interpolate(x, scale_factor=factors, mode="nearest")
 
-    def forward(self, x: Tensor, skip: Tensor | None, rows: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None, rows: Sequence[Tensor]) -> Tensor:
         h = self.norm1(x, skip)
         if self.resample == "down":
             h = self._resampled(h)
-        h, row = self.conv1(h), rows[:, self.columns]
+        h, row = self.conv1(h), rows[self.column]
         h = self.norm2(h, affine=row.chunk(2, 1)) if self.scale_shift else self.norm2(h, shift=row)
         if self.resample:
             x = self._resampled(x)
-        if self.shortcut:
-            x = self.shortcut[0](x)
+        if self.shortcut is not None:
+            x = self.shortcut(x)
             if skip is not None:
-                x = self.shortcut[1](skip, x)
+                x = self.skip_shortcut(skip, x)
         elif skip is not None:
             x = torch.cat((x, skip), 1)
         return self.conv2(h, x)
 
 
-def _positions(x: Tensor) -> Tensor:
-    """(N, C, H, W) as (N, H * W, C); a view."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """(N, heads * C, H, W) as (N, heads, H * W, C); a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-class FusedAttention(nn.Module):
+class FusedAttention(Layer):
     """See `unet.Attention`. With one head, query and key, and value and output, are one projection.
 
     The score (Wq x + bq) (Wk y + bk) is (Wk' Wq x + Wk' bq) y, and something equal for all y, which
@@ -109,7 +111,6 @@ class FusedAttention(nn.Module):
         normalised = isinstance(attention.norm, nn.GroupNorm)
         self.norm = Norm(attention.norm, silu=False) if normalised else nn.Identity()
         self.heads = attention.heads
-        self.is_fused = self.heads == 1
         weight, bias = as_image(attention.qkv.weight), attention.qkv.bias.detach().float()
         out, out_bias = as_image(attention.proj.weight), attention.proj.bias.detach().float()
         if attention.order == "heads":
@@ -117,32 +118,38 @@ class FusedAttention(nn.Module):
                 v.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
                 for v in (weight, bias)
             )
+        q, k, v = weight.flatten(1).double().chunk(3)
+        q_bias, k_bias, v_bias = bias.double().chunk(3)
+        scale = math.sqrt(self.heads / len(q))
         if self.heads == 1:
-            q, k, v = weight.flatten(1).double().chunk(3)
-            q_bias, _, v_bias = bias.double().chunk(3)
-            o, scale = out.flatten(1).double(), 1 / math.sqrt(len(q))
-            weight, bias = (scale * k.T @ q)[..., None, None], scale * k.T @ q_bias
+            o = out.flatten(1).double()
+            weight, bias = scale * k.T @ q, scale * k.T @ q_bias
             out, out_bias = (o @ v)[..., None, None], o @ v_bias + out_bias
-        self.project = Conv(weight, bias, dtype, size)
+        else:
+            weight, bias = torch.cat((scale * q, k, v)), torch.cat((scale * q_bias, k_bias, v_bias))
+        self.project = Conv(weight[..., None, None], bias, dtype, size)
         self.out = Conv(out, out_bias, dtype, size)
+        self.is_own = ops.is_attention_fastest(dtype)
+        self.is_fused = self.is_own or self.heads == 1
 
-    def _attend(self, x: Tensor, projected: Tensor) -> Tensor:
-        """(N, L, C) of the normalised input and its projection."""
-        if self.heads > 1:
-            q, k, v = projected.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        if x.shape[1] > LONGEST_SCORES:
-            q, k = projected.unsqueeze(1), x.unsqueeze(1)
-            return F.scaled_dot_product_attention(q, k, k, scale=1.0).squeeze(1)
-        return torch.bmm(torch.bmm(projected, x.mT).softmax(-1), x)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.is_own:
+            return ops.attention(query, key, value, self.heads)
+        q, k, v = (_heads(x, self.heads) for x in (query, key, value))
+        if self.heads > 1 or q.shape[2] > LONGEST_SCORES:
+            h = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        else:
+            h = torch.bmm(torch.bmm(q[:, 0], k[:, 0].mT).softmax(-1), v[:, 0]).unsqueeze(1)
+        return h.transpose(1, 2).flatten(2).unflatten(1, query.shape[2:]).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        h = self._attend(_positions(normed), _positions(self.project(normed)))
-        return self.out(h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2), x)
+        projected = self.project(normed)
+        inputs = (projected, normed, normed) if self.heads == 1 else projected.chunk(3, 1)
+        return self.out(self._attend(*inputs), x)
 
 
-class FusedStage(nn.Module):
+class FusedStage(Layer):
     """See `unet.Stage`."""
 
     def __init__(
@@ -158,12 +165,12 @@ class FusedStage(nn.Module):
         attention = stage.attention
         self.attention = None if attention is None else FusedAttention(attention, dtype, size)
 
-    def forward(self, x: Tensor, skip: Tensor | None, rows: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None, rows: Sequence[Tensor]) -> Tensor:
         x = self.block(x, skip, rows)
         return x if self.attention is None else self.attention(x)
 
 
-class FusedResampler(nn.Module):
+class FusedResampler(Layer):
     """See `unet.Downsample` and `unet.Upsample`."""
 
     def __init__(self, layer: Downsample | Upsample, dtype: torch.dtype, size: Size) -> None:
@@ -172,5 +179,5 @@ class FusedResampler(nn.Module):
         self.pad = () if is_up else layer.pad
         self.conv = (UpsampleConv if is_up else packed)(layer.conv, dtype, size)
 
-    def forward(self, x: Tensor, skip: None, rows: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: None, rows: Sequence[Tensor]) -> Tensor:
         return self.conv(F.pad(x, self.pad) if self.pad else x)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .device import memory_format
-from .fused import DTYPES, Norm, Size
+from .fused import DTYPES, Layer, Norm, Size
 from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, packed
 from .time_table import TimeTable
 from .unet import ResBlock, Stage, UNet, check_inputs
@@ -33,7 +33,7 @@ def _no_autocast() -> torch.autocast:
     return torch.autocast("cpu", enabled=False)
 
 
-class FusedUNet(nn.Module):
+class FusedUNet(Layer):
     """Called as the `UNet` that it was made of, with x of `dtype`; it has no gradients.
 
     It can be copied and pickled, but has no parameters: keep the model's `state_dict`, not its.
@@ -85,15 +85,16 @@ class FusedUNet(nn.Module):
         return FusedResampler(module, self.dtype, size)
 
     def _run(self, x: Tensor, rows: Tensor) -> Tensor:
+        parts = rows.split(self.table.widths, 1)
         h = self.conv_in(x)
         skips = [h]
         for module in self.down:
-            h = module(h, None, rows)
+            h = module(h, None, parts)
             skips.append(h)
         for module in self.middle:
-            h = module(h, None, rows)
+            h = module(h, None, parts)
         for module in self.up:
-            h = module(h, skips.pop() if isinstance(module, FusedStage) else None, rows)
+            h = module(h, skips.pop() if isinstance(module, FusedStage) else None, parts)
         return self.conv_out(self.norm_out(h))
 
     def expect(self, timesteps: Sequence[float]) -> None:

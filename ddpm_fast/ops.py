@@ -15,12 +15,21 @@ import torch
 from torch import Tensor
 
 from . import fallback, noise
-from .backend import BackendError, conv_kernels, is_available, is_overridden, resolve_backend
+from .backend import (
+    BackendError,
+    conv_kernels,
+    has_attention,
+    is_available,
+    is_overridden,
+    resolve_backend,
+)
 
 __all__ = [
     "BackendError",
+    "attention",
     "conv2d",
     "group_norm",
+    "is_attention_fastest",
     "is_available",
     "is_conv2d_fastest",
     "is_overridden",
@@ -30,6 +39,7 @@ __all__ = [
     "q_sample",
     "randn",
     "resolve_backend",
+    "upsample_conv2d",
 ]
 
 
@@ -248,6 +258,39 @@ def conv2d(
     )
 
 
+def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, out_channels: int) -> Tensor:
+    """Nearest-neighbour doubling of x, and a convolution with 3 taps and padding 1, on the small x.
+
+    An output pixel at 2 i + phase reads the inputs i - 1 and i, or i and i + 1, one of them twice:
+    a convolution with 2 taps for each phase, at 4/9 of the multiplications for images.
+    x: (N, C, H, W), as in `conv2d`. weight: (4, packed), of the phases' weights (O, C, 2, 2), each
+    from `pack_conv2d`, in the order of the pixels; or (2, packed), of (O, C, 1, 2), to double the
+    width alone. bias: float32 (O,). Returns (N, O, 2 H, 2 W) or (N, O, H, 2 W). A sample's bits
+    depend on the sample alone. No gradients. Raises as `conv2d`.
+    """
+    return torch.ops.ddpm_fast.upsample_conv2d.default(x, weight, bias, out_channels)
+
+
+def is_attention_fastest(dtype: torch.dtype) -> bool:
+    """Whether this CPU has `attention`; and no AMX, with which torch's is faster in bfloat16."""
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return False
+    return has_attention(dtype)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1) -> Tensor:
+    """softmax(query key') value over the pixels of each sample, for each of `heads` equal ranges of
+    channels (Vaswani et al. 2017, arXiv:1706.03762, equation 1, with the scale in the query).
+
+    query, key, value: (N, C, H, W), float32 or bfloat16, channels_last, or as many neighbouring
+    channels of such a tensor. Returns (N, C, H, W) in their dtype, channels_last. Scores and sums
+    are float32; softmax's weights are rounded to the dtype. A sample's bits depend on the sample
+    alone, and only the scores of a few queries are kept. No gradients. Raises RuntimeError where an
+    argument is not so, and on a CPU without AVX-512, or without AVX512-BF16 for bfloat16.
+    """
+    return torch.ops.ddpm_fast.attention.default(query, key, value, heads)
+
+
 def _require_one_device(*tensors: Tensor | None) -> None:
     """What torch asks of the fake implementations, because one of the tensors is on "meta"."""
     devices = sorted({str(t.device) for t in tensors if t is not None})
@@ -298,6 +341,18 @@ def _register() -> None:
             (x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)
         ]
         return x.new_empty((x.shape[0], out_channels, *size)).to(memory_format=torch.channels_last)
+
+    @torch.library.register_fake("ddpm_fast::upsample_conv2d")
+    def _(x, weight, bias, out_channels):
+        _require_one_device(x, weight, bias)
+        n, _, height, width = x.shape
+        size = (n, out_channels, weight.shape[0] // 2 * height, 2 * width)
+        return x.new_empty(size).to(memory_format=torch.channels_last)
+
+    @torch.library.register_fake("ddpm_fast::attention")
+    def _(query, key, value, heads):
+        _require_one_device(query, key, value)
+        return query.new_empty(query.shape).to(memory_format=torch.channels_last)
 
     def setup_context(ctx, inputs, output):
         _, coefficients, timesteps, *_ = inputs

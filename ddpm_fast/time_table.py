@@ -27,17 +27,18 @@ class TimeTable:
         self.class_embedding = copy.deepcopy(unet.class_embedding)
         if self.class_embedding is not None:
             self.class_embedding.float()
+        self.widths: list[int] = []  # of the projections, whose columns follow each other
         self._weight, self._bias = torch.empty(0, unet.config.time_channels[1]), torch.empty(0)
         self._place: dict[float, int] = {}  # of the expected timesteps
         self._tables: dict[int | None, Tensor] = {}
         self._others: dict[tuple[float, int | None], Tensor] = {}
 
-    def add(self, weight: Tensor, bias: Tensor) -> slice:
-        """One more projection, (channels, width) and (channels); its columns in each row."""
-        first = len(self._bias)
+    def add(self, weight: Tensor, bias: Tensor) -> int:
+        """One more projection, (channels, width) and (channels); its place in `widths`."""
         self._weight = torch.cat((self._weight, weight.detach().float()))
         self._bias = torch.cat((self._bias, bias.detach().float()))
-        return slice(first, len(self._bias))
+        self.widths.append(len(bias))
+        return len(self.widths) - 1
 
     def expect(self, timesteps: Sequence[float]) -> None:
         """Be ready for these."""

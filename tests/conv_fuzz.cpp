@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <vector>
 
 #include "../csrc/kernels.h"
 #include "fuzz_elements.h"
@@ -28,6 +29,7 @@ ConvShape random_shape(bool winograd) {
     if (missing > 0) shape.size[i] += missing;
     shape.out_size[i] =
         (shape.size[i] + 2 * shape.padding[i] - shape.kernel[i]) / shape.stride[i] + 1;
+    if (below(4) == 0) shape.out_size[i] += below(3);  // more padding after than before
   }
   if (below(16) == 0) {  // more than a strip
     shape.in_channels = 256;
@@ -87,7 +89,11 @@ void fuzz_case(const ConvKernels& kernels, bool winograd, double rounding) {
   ConvShape& shape = args.shape = random_shape(winograd);
   args.samples = 1 + below(3);
   const int64_t in = args.samples * shape.size[0] * shape.size[1] * shape.in_channels;
-  const int64_t outputs = args.samples * shape.out_size[0] * shape.out_size[1] * shape.out_channels;
+  // Between the pixels of the output there may be others'.
+  args.out_pixel = shape.out_channels + below(2) * 5;
+  args.out_row = shape.out_size[1] * args.out_pixel;
+  args.out_sample = shape.out_size[0] * args.out_row;
+  const int64_t outputs = args.samples * args.out_sample;
   const Elements<T> x(in), residual(outputs), out(outputs);
   const Elements<float> weight(shape.out_channels * shape.in_channels * shape.kernel[0] *
                                shape.kernel[1]);
@@ -100,15 +106,20 @@ void fuzz_case(const ConvKernels& kernels, bool winograd, double rounding) {
   args.bias = below(2) ? bias.data() : nullptr;
   args.residual = below(2) ? residual.data() : nullptr;
   const Elements<T> memory(kernels.memory_bytes(shape) / sizeof(T));
+  const std::vector<T> before(out.data(), out.data() + outputs);
   const int64_t units = kernels.units(args), middle = below(units + 1);
   kernels.conv2d(args, 0, middle, memory.data());
   kernels.conv2d(args, middle, units, memory.data());
   require(packed.is_intact() && out.is_intact() && memory.is_intact(), "a margin was written");
   for (int check = 0; check < 200; ++check) {
-    const int64_t i = below(outputs), pixel = i / shape.out_channels,
-                  row = pixel / shape.out_size[1];
+    const int64_t i = below(outputs), pixel = i / args.out_pixel, row = pixel / shape.out_size[1];
+    const int64_t channel = i % args.out_pixel;
+    if (channel >= shape.out_channels) {
+      require(to_float(out.data()[i]) == to_float(before[i]), "a gap was written");
+      continue;
+    }
     Sum sum = expected<T>(args, weight.data(), row / shape.out_size[0], row % shape.out_size[0],
-                          pixel % shape.out_size[1], i % shape.out_channels);
+                          pixel % shape.out_size[1], channel);
     if (args.residual != nullptr) sum.value += to_float(residual.data()[i]);
     const double apart = std::abs(to_float(out.data()[i]) - sum.value);
     // What the weights are rounded to; Winograd's sums are of all that a tile sees, at most

@@ -153,6 +153,36 @@ def test_neither_batch_nor_place_nor_threads_change_a_bit(dtype, layer, winograd
             assert torch.equal(got, want[part])
 
 
+def upsampled(x, weight, bias, taps):
+    """Of a weight (O, I, 3, 3), or (O, I, 1, 3) for a series."""
+    conv = torch.nn.Conv2d(*weight.shape[1::-1], taps, padding=tuple(k // 2 for k in taps))
+    conv.weight, conv.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    return fused.UpsampleConv(conv.requires_grad_(False), x.dtype, x.shape[2:])(x)
+
+
+@pytest.mark.parametrize("taps", [(3, 3), (1, 3)])
+@pytest.mark.parametrize("channels", [(24, 24), (5, 70)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (6, 5), (16, 16)])
+def test_upsampling_is_a_convolution_of_the_doubled_image(dtype, taps, channels, size):
+    """The phases' weights are sums, rounded to the dtype; of whole numbers, they are exact."""
+    generator = torch.Generator().manual_seed(0)
+    factors = [2.0 if k == 3 else 1.0 for k in taps]
+
+    def draw(*shape):
+        return torch.randint(-3, 4, shape, generator=generator).float()
+
+    x = draw(5, channels[0], *size).to(dtype).contiguous(memory_format=LAST)
+    weight, bias = draw(channels[1], channels[0], *taps), draw(channels[1])
+    doubled = F.interpolate(x.double(), scale_factor=factors)
+    padding = tuple(k // 2 for k in taps)
+    want = F.conv2d(doubled, weight.double(), bias.double(), padding=padding).to(dtype)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        got = upsampled(x, weight, bias, taps)
+        assert torch.equal(got, want) and got.is_contiguous(memory_format=LAST)
+        assert torch.equal(upsampled(x[2:3], weight, bias, taps), want[2:3])
+
+
 @pytest.mark.parametrize("winograd", [False, True])
 def test_no_samples(dtype, winograd):
     layer = LAYERS[0]
@@ -183,6 +213,8 @@ def test_opcheck(dtype, winograd):
         arguments = (x, packed, b, r, *settings, winograd)
         torch.library.opcheck(torch.ops.ddpm_fast.conv2d.default, arguments)
     torch.library.opcheck(torch.ops.ddpm_fast.pack_conv2d.default, (weight, dtype, winograd))
+    phases = torch.stack([ops.pack_conv2d(weight[:, :, :2, :2], dtype)] * 4)
+    torch.library.opcheck(torch.ops.ddpm_fast.upsample_conv2d.default, (x, phases, bias, 6))
 
 
 def test_a_thread_keeps_little_memory(dtype):
@@ -237,6 +269,20 @@ def test_what_does_not_fit_is_refused(bfloat16, change, message):
     } | change
     with pytest.raises(RuntimeError, match=message):
         ops.conv2d(**arguments)
+
+
+@pytest.mark.parametrize(
+    "weight,message",
+    [
+        (torch.zeros(3, 512, dtype=BF16), r"shape \(4, packed\), or \(2, packed\) .* \(3, 512\)"),
+        (torch.zeros(4, 7, dtype=BF16), r"pack_conv2d makes of 4 weights \(6, 4, 2, 2\)"),
+        (torch.zeros(4, 7), "weight must be bfloat16, but it is float32"),
+    ],
+)
+def test_an_upsamplings_weights_that_do_not_fit_are_refused(bfloat16, weight, message):
+    x = torch.zeros(2, 4, 3, 5, dtype=BF16).contiguous(memory_format=LAST)
+    with pytest.raises(RuntimeError, match=message):
+        ops.upsample_conv2d(x, weight, None, 6)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 
 from ddpm_fast import backend, ops, time_table
 from ddpm_fast.checkpoint import load_model
+from ddpm_fast.fused import Layer
 from ddpm_fast.fused_blocks import FusedAttention
 from ddpm_fast.inference import FusedUNet, prepare, unfused
 from ddpm_fast.sampler import Sampler
@@ -126,6 +127,17 @@ def test_a_copy_and_a_pickle_compute_the_same_bits(dtype, tiny_config):
     assert torch.equal(run(network, dtype, x, *rest), want)
 
 
+def test_its_layers_hooks_are_called(tiny_config):
+    """Which a profile needs."""
+    network, seen = prepare(UNet(tiny_config()), CPU, F32), []
+    layers = [m for m in network.modules() if isinstance(m, Layer)]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, inputs: seen.append(module))
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(module))
+    network(*inputs(tiny_config(), 2)[:2])
+    assert len(layers) > 50 and all(sum(m is layer for m in seen) == 2 for layer in layers)
+
+
 def test_it_stays_where_it_was_prepared_for(tiny_config):
     """It has no parameters, so torch itself would move nothing, and say nothing."""
     host = torch.nn.Sequential(prepare(UNet(tiny_config()), CPU, F32))
@@ -174,6 +186,8 @@ def test_another_size_than_the_trained_one(dtype, tiny_config):
 
 
 def test_a_long_attention_keeps_no_scores(tiny_config, monkeypatch):
+    """Where it is torch's."""
+    monkeypatch.setattr("ddpm_fast.ops.is_attention_fastest", lambda dtype: False)
     layer = Attention(tiny_config(), 16)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -342,9 +356,11 @@ def test_what_is_prepared_is_a_copy(tiny_config):
     assert torch.equal(run(network, F32, *arguments), before)
 
 
-def test_what_cannot_be_fused_is_counted(extension, tiny_config):
+@pytest.mark.parametrize("has_own", [False, True])
+def test_what_cannot_be_fused_is_counted(extension, tiny_config, monkeypatch, has_own):
+    monkeypatch.setattr("ddpm_fast.ops.is_attention_fastest", lambda dtype: has_own)
     names = unfused(prepare(UNet(tiny_config(num_heads=2, resblock_updown=True)), CPU, F32))
-    assert [name.split(".")[-1] for name in names].count("attention") == 4
+    assert [name.split(".")[-1] for name in names].count("attention") == (0 if has_own else 4)
     assert sum(name.split(".")[-1].isdigit() for name in names) == 2  # the blocks that resample
     assert unfused(prepare(UNet(tiny_config()), CPU, F32)) == []
 
@@ -395,6 +411,20 @@ def test_without_the_extension_it_is_plain_torch():
     code = f"TINY = {TINY!r}\n{WITHOUT}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and int(done.stdout) > 10, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("change", [{}, {"num_heads": 2, "qkv_order": "heads"}], ids=str)
+def test_without_our_own_operators_it_computes_the_same(change, dtype, tiny_config, monkeypatch):
+    """As on a CPU with AMX."""
+    for name in ("conv2d", "attention"):
+        monkeypatch.setattr(f"ddpm_fast.ops.is_{name}_fastest", lambda dtype: False)
+    unet = randomized(tiny_config(**change))
+    arguments = inputs(unet.config)
+    want = run(unet, F32, *arguments)
+    got = run(prepare(unet, CPU, dtype), dtype, *arguments)
+    plain = error(run(prepare(unet, CPU, dtype, fused=False), dtype, *arguments), want)
+    assert error(got, want) < max(BOUND[dtype], 1.25 * plain)
 
 
 def test_without_onednn_the_convolutions_are_torchs(tiny_config, monkeypatch):

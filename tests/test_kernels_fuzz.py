@@ -23,5 +23,6 @@ def sanitizers(tmp_path_factory):
 def test_kernels_under_sanitizers(sanitizers, tmp_path):
     configure(ROOT, tmp_path, f"-DDDPM_FAST_SANITIZE={SANITIZERS}")
     run(tool("cmake"), "--build", tmp_path)
-    for program, cases in (("kernels_fuzz", "2000"), ("norm_fuzz", "300"), ("conv_fuzz", "300")):
-        assert "agree" in run(tmp_path / program, cases)
+    programs = {"kernels_fuzz": 2000, "norm_fuzz": 300, "conv_fuzz": 300, "attention_fuzz": 300}
+    for program, cases in programs.items():
+        assert "agree" in run(tmp_path / program, str(cases))

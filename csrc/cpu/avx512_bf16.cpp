@@ -1,5 +1,8 @@
-// AVX-512 with BF16: convolutions of bfloat16. Its products are those of two neighbouring bfloat16,
-// or float32 ones with Winograd's algorithm, which needs fewer by more than these take longer.
+// AVX-512 with BF16: convolutions and attention of bfloat16. The products are those of two
+// neighbouring bfloat16, or float32 ones with Winograd's algorithm, which needs fewer by more than
+// these take longer.
+#include "attention_loop.h"
+#include "avx512.h"
 #include "avx512_products.h"
 #include "winograd_loop.h"
 
@@ -34,6 +37,7 @@ struct PairProducts : Avx512Sums {
   static Half half_dot(Half sum, HalfWeights weights, __m512i shared) {
     return _mm256_dpbf16_ps(sum, weights, (__m256bh)_mm512_castsi512_si256(shared));
   }
+  using Avx512Sums::store;
   static void store(Element* p, F x, int64_t count) { store_rounded(p, x, lanes(count)); }
 };
 
@@ -57,5 +61,6 @@ struct SmallWeightProducts : Avx512Products {
 const ConvKernels kAvx512Bf16Conv = conv_kernels<PairProducts>("avx512_bf16");
 const ConvKernels kAvx512Bf16Winograd =
     winograd_kernels<SmallWeightProducts, BFloat16>("avx512_bf16");
+const AttentionKernels kAvx512Bf16Attention = attention_kernels<PairProducts, Avx512>();
 
 }  // namespace ddpm_fast

@@ -86,7 +86,8 @@ struct ConvStrips {
         width((s.out_size[1] - 1) * s.stride[1] + s.kernel[1]) {}
 
   bool is_copied() const {
-    return shape.padding[0] != 0 || shape.padding[1] != 0 || depth != shape.in_channels;
+    return shape.padding[0] != 0 || shape.padding[1] != 0 || depth != shape.in_channels ||
+           in_rows(shape.out_size[0]) > shape.size[0] || width > shape.size[1];
   }
   int64_t in_rows(int64_t rows) const { return (rows - 1) * shape.stride[0] + shape.kernel[0]; }
   // Rows of the output in a strip.

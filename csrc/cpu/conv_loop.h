@@ -21,8 +21,8 @@ inline int64_t within(int64_t x, int64_t least, int64_t most) {
   return x < least ? least : x > most ? most : x;
 }
 
-// Some pixels' sums of one block.
-template <class D>
+// Some pixels' sums of one block, rounded to Out.
+template <class D, class Out = typename D::Element>
 struct Tile {
   using T = typename D::Element;
   const T* x;  // the first pixel's first tap
@@ -31,14 +31,14 @@ struct Tile {
   int64_t rows, steps;             // the kernel's; in each row, columns * depth / kDepth
   // Of the block's first channel; bias and residual may be null. Pixels are `stride` apart.
   const float* bias;
-  const T* residual;
-  T* out;
+  const Out* residual;
+  Out* out;
   int64_t stride, channels;
 };
 
 // kHalves: the width of the block, in half vectors.
-template <class D, int kHalves, int kPixels>
-void run_tile(const Tile<D>& tile) {
+template <class D, int kHalves, int kPixels, class Out>
+void run_tile(const Tile<D, Out>& tile) {
   using T = typename D::Element;
   using F = typename D::F;
   constexpr int kFull = kHalves / 2, kLanes = D::kLanes;
@@ -76,8 +76,8 @@ void run_tile(const Tile<D>& tile) {
   }
   DDPM_FAST_UNROLL
   for (int p = 0; p < kPixels; ++p) {
-    T* out = tile.out + p * tile.stride;
-    const T* residual = tile.residual == nullptr ? nullptr : tile.residual + p * tile.stride;
+    Out* out = tile.out + p * tile.stride;
+    const Out* residual = tile.residual == nullptr ? nullptr : tile.residual + p * tile.stride;
     DDPM_FAST_UNROLL
     for (int v = 0; v < kFull + kHasHalf; ++v) {
       F sum = v < kFull ? sums[p][v] : D::widened(half_sums[p]);
@@ -89,21 +89,38 @@ void run_tile(const Tile<D>& tile) {
   }
 }
 
-template <class D, int kHalves, int kPixels>
-void run_tile_of(int64_t pixels, const Tile<D>& tile) {
+template <class D, int kHalves, int kPixels, class Out>
+void run_tile_of(int64_t pixels, const Tile<D, Out>& tile) {
   if constexpr (kPixels > 1) {
     if (pixels < kPixels) return run_tile_of<D, kHalves, kPixels - 1>(pixels, tile);
   }
   run_tile<D, kHalves, kPixels>(tile);
 }
 
+// Pixels of a block whose sums fit in the registers.
+template <class D, int kHalves>
+constexpr int64_t most_pixels() {
+  constexpr int64_t fitting = D::kSums / (kHalves / 2 + kHalves % 2);
+  return fitting < kMostPixels ? fitting : kMostPixels;
+}
+
+// `pixels` in a row, in as few tiles as there can be.
+template <class D, int kHalves, class Out>
+void run_tiles(int64_t pixels, Tile<D, Out> tile) {
+  constexpr int64_t kMost = most_pixels<D, kHalves>();
+  for (int64_t left = (pixels + kMost - 1) / kMost, count; left > 0; --left, pixels -= count) {
+    count = (pixels + left - 1) / left;
+    run_tile_of<D, kHalves, kMost>(count, tile);
+    tile.x += count * tile.pixel;
+    tile.out += count * tile.stride;
+  }
+}
+
 // One sample's outputs of one block, from `channel` on.
 template <class D, int kHalves>
 struct ConvRun {
   using T = typename D::Element;
-  static constexpr int kSumsEach = kHalves / 2 + kHalves % 2;
-  static constexpr int64_t kMost =
-      D::kSums / kSumsEach < kMostPixels ? D::kSums / kSumsEach : kMostPixels;
+  static constexpr int64_t kMost = most_pixels<D, kHalves>();
   const ConvArgs& args;
   int64_t sample, channel;
   ConvStrips<D> strips;
@@ -164,7 +181,7 @@ struct ConvRun {
     tile.row = part.strip.row;
     tile.weight_row = shape.kernel[1] * tap;
     tile.bias = args.bias == nullptr ? nullptr : args.bias + channel;
-    tile.stride = (down ? shape.out_size[1] : 1) * shape.out_channels;
+    tile.stride = down ? args.out_row : args.out_pixel;
     tile.channels = shape.out_channels - channel;
     const int64_t tiles = (count + kMost - 1) / kMost;
     for (int64_t begin = 0, left = tiles, pixels; left > 0; begin += pixels, --left) {
@@ -180,8 +197,7 @@ struct ConvRun {
                     channel * shape.kernel[0] * shape.kernel[1] * strips.depth +
                     row * tile.weight_row + column * tap;
       const int64_t place =
-          ((sample * shape.out_size[0] + at[0]) * shape.out_size[1] + at[1]) * shape.out_channels +
-          channel;
+          sample * args.out_sample + at[0] * args.out_row + at[1] * args.out_pixel + channel;
       tile.out = static_cast<T*>(args.out) + place;
       tile.residual =
           args.residual == nullptr ? nullptr : static_cast<const T*>(args.residual) + place;

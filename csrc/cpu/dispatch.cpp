@@ -57,6 +57,17 @@ const CpuKernels* named(const char* name) {
       "\" (DDPM_FAST_CPU) is not available here; this build on this CPU has: " + available + ".");
 }
 
+#ifdef DDPM_FAST_X86
+// Of kernels that need AVX-512, those of a dtype; null where the level in use has none.
+template <class Kernels>
+const Kernels* of_dtype(DType dtype, const Kernels* float32, const Kernels* bfloat16) {
+  if (&cpu_kernels() != &kAvx512Kernels) return nullptr;
+  if (dtype == DType::kFloat32) return float32;
+  __builtin_cpu_init();
+  return dtype == DType::kBFloat16 && __builtin_cpu_supports("avx512bf16") ? bfloat16 : nullptr;
+}
+#endif
+
 }  // namespace
 
 const CpuKernels& cpu_kernels() {
@@ -71,18 +82,22 @@ const CpuKernels& cpu_kernels() {
 
 const ConvKernels* conv_kernels([[maybe_unused]] DType dtype, [[maybe_unused]] bool winograd) {
 #ifdef DDPM_FAST_X86
-  const CpuKernels* level = &cpu_kernels();
-  if (dtype == DType::kFloat32) {
-    if (level == &kAvx512Kernels) return winograd ? &kAvx512Winograd : &kAvx512Conv;
-    if (level == &kAvx2Kernels) return winograd ? &kAvx2Winograd : &kAvx2Conv;
+  if (dtype == DType::kFloat32 && &cpu_kernels() == &kAvx2Kernels) {
+    return winograd ? &kAvx2Winograd : &kAvx2Conv;
   }
-  __builtin_cpu_init();
-  if (dtype == DType::kBFloat16 && level == &kAvx512Kernels &&
-      __builtin_cpu_supports("avx512bf16")) {
-    return winograd ? &kAvx512Bf16Winograd : &kAvx512Bf16Conv;
-  }
-#endif
+  return winograd ? of_dtype(dtype, &kAvx512Winograd, &kAvx512Bf16Winograd)
+                  : of_dtype(dtype, &kAvx512Conv, &kAvx512Bf16Conv);
+#else
   return nullptr;
+#endif
+}
+
+const AttentionKernels* attention_kernels([[maybe_unused]] DType dtype) {
+#ifdef DDPM_FAST_X86
+  return of_dtype(dtype, &kAvx512Attention, &kAvx512Bf16Attention);
+#else
+  return nullptr;
+#endif
 }
 
 void set_cpu_level(const char* name) { current.store(named(name), std::memory_order_release); }

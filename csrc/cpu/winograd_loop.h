@@ -239,9 +239,6 @@ struct WinogradRun {
   template <int kHalves>
   static void add_products(const WinogradRun& run, int64_t block, int64_t begin, int64_t end) {
     if constexpr (kHalves <= 2 * D::kMostVectors) {
-      constexpr int kSumsEach = kHalves / 2 + kHalves % 2;
-      constexpr int64_t kMost =
-          D::kSums / kSumsEach < kMostPixels ? D::kSums / kSumsEach : kMostPixels;
       constexpr int64_t kBlockLanes = kHalves * D::kLanes / 2;
       const WinogradLayout<D>& layout = run.layout;
       const Stored* weight = run.block_of(block) + layout.scales(kBlockLanes);
@@ -253,13 +250,9 @@ struct WinogradRun {
       tile.channels = kBlockLanes;
       for (int p = 0; p < kPlaces; ++p) {
         tile.weight = weight + p * layout.weight_place(kBlockLanes);
-        const int64_t groups = (end - begin + kMost - 1) / kMost;
-        for (int64_t i = begin, left = groups, count; left > 0; i += count, --left) {
-          count = (end - i + left - 1) / left;
-          tile.x = run.input + p * layout.input_place() + i * tile.pixel;
-          tile.out = run.sums + p * layout.sums_place() + i * tile.stride;
-          run_tile_of<D, kHalves, kMost>(count, tile);
-        }
+        tile.x = run.input + p * layout.input_place() + begin * tile.pixel;
+        tile.out = run.sums + p * layout.sums_place() + begin * tile.stride;
+        run_tiles<D, kHalves>(end - begin, tile);
       }
     }
   }
@@ -268,9 +261,9 @@ struct WinogradRun {
   void finish_tile(int64_t tile, const float* s, int64_t block) const {
     const ConvShape& shape = args.shape;
     const Place at = place(tile);
-    const int64_t width = shape.out_size[1], place = layout.sums_place();
+    const int64_t place = layout.sums_place();
     const int64_t rows = within(shape.out_size[0] - at.row, 0, kTile);
-    const int64_t columns = within(width - at.column, 0, kTile);
+    const int64_t columns = within(shape.out_size[1] - at.column, 0, kTile);
     const int64_t first = block * layout.blocks.width, left = shape.out_channels - first;
     const int64_t channels = within(layout.blocks.lanes(block), 0, left);
     for (int64_t c = 0; c < channels; c += D::kLanes) {
@@ -295,8 +288,8 @@ struct WinogradRun {
         DDPM_FAST_UNROLL
         for (int j = 0; j < kSide; ++j) row[j] = sum[j][i];
         transform_sums<D>(row);
-        const int64_t pixel = (at.sample * shape.out_size[0] + at.row + i) * width + at.column;
-        const int64_t start = pixel * shape.out_channels + first + c;
+        const int64_t start = at.sample * args.out_sample + (at.row + i) * args.out_row +
+                              at.column * args.out_pixel + first + c;
         T* out = static_cast<T*>(args.out) + start;
         DDPM_FAST_UNROLL
         for (int j = 0; j < kTile; ++j) {
@@ -304,9 +297,9 @@ struct WinogradRun {
           F y = D::fma(row[j], scale, bias);
           if (args.residual != nullptr) {
             const T* residual = static_cast<const T*>(args.residual) + start;
-            y = D::add(y, D::load(residual + j * shape.out_channels, count));
+            y = D::add(y, D::load(residual + j * args.out_pixel, count));
           }
-          D::store(out + j * shape.out_channels, y, count);
+          D::store(out + j * args.out_pixel, y, count);
         }
       }
     }

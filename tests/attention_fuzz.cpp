@@ -1,0 +1,100 @@
+// Fuzzes the CPU kernel of attention over shapes, strides and ranges, and holds it near sums in
+// float64. Built with kernels_fuzz.cpp, which says how.
+//   build-fuzz/attention_fuzz [cases] [seed]
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "../csrc/kernels.h"
+#include "fuzz_elements.h"
+
+namespace {
+
+using namespace ddpm_fast;
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::printf("attention: %s\n", what);
+  std::exit(1);
+}
+
+template <class T>
+double element(const AttentionInput& input, int64_t sample, int64_t position, int64_t channel) {
+  const int64_t at = sample * input.sample + position * input.position + channel;
+  return to_float(static_cast<const T*>(input.first)[at]);
+}
+
+// The result at a channel of all heads' and position i; `size`: of the absolute terms.
+template <class T>
+double expected(const AttentionArgs& args, int64_t n, int64_t channel, int64_t i, double* size) {
+  const int64_t first = channel / args.channels * args.channels;
+  std::vector<double> scores(args.positions);
+  double most = -INFINITY, sum = 0.0, value = 0.0;
+  for (int64_t j = 0; j < args.positions; ++j) {
+    for (int64_t c = first; c < first + args.channels; ++c) {
+      scores[j] += element<T>(args.query, n, i, c) * element<T>(args.key, n, j, c);
+    }
+    most = std::fmax(most, scores[j]);
+  }
+  *size = 0.0;
+  for (int64_t j = 0; j < args.positions; ++j) {
+    const double weight = std::exp(scores[j] - most), v = element<T>(args.value, n, j, channel);
+    sum += weight;
+    value += weight * v;
+    *size += weight * std::abs(v);
+  }
+  *size /= sum;
+  return value / sum;
+}
+
+// rounding: to a T.
+template <class T>
+void fuzz_case(const AttentionKernels& kernels, double rounding) {
+  static const int64_t kChannels[] = {1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 40, 48, 65};
+  static const int64_t kPositions[] = {1, 2, 3, 7, 16, 20, 33, 49, 50, 64, 97, 150};
+  AttentionArgs args{};
+  args.samples = 1 + below(3);
+  args.heads = 1 + below(3);
+  args.channels = kChannels[below(13)];
+  args.positions = kPositions[below(12)];
+  const int64_t all = args.heads * args.channels, parts = below(2) ? 3 : 1;
+  const int64_t in = args.samples * args.positions * all;
+  const Elements<T> x(in * parts), other(in), out(in);
+  const AttentionInput input{x.data(), args.positions * all * parts, all * parts};
+  args.query = args.key = args.value = input;
+  if (parts == 3) {
+    args.key.first = x.data() + all;
+    args.value.first = x.data() + 2 * all;
+  } else {
+    args.query.first = other.data();
+  }
+  args.out = out.data();
+  const Elements<T> memory(kernels.memory_bytes(args) / sizeof(T));
+  const int64_t units = args.samples * args.heads * args.positions, middle = below(units + 1);
+  kernels.attention(args, 0, middle, memory.data());
+  kernels.attention(args, middle, units, memory.data());
+  require(out.is_intact() && memory.is_intact(), "a margin was written");
+  for (int check = 0; check < 50; ++check) {
+    const int64_t at = below(in), pixel = at / all;
+    double size;
+    const double want =
+        expected<T>(args, pixel / args.positions, at % all, pixel % args.positions, &size);
+    const double apart = std::abs(to_float(out.data()[at]) - want);
+    require(apart <= rounding * (std::abs(want) + size) + size * 0x1p-12, "a wrong sum");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 1000;
+  generator.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
+  const AttentionKernels* f32 = attention_kernels(DType::kFloat32);
+  const AttentionKernels* bf16 = attention_kernels(DType::kBFloat16);
+  for (int i = 0; i < cases; ++i) {
+    if (f32 != nullptr) fuzz_case<float>(*f32, 0x1p-24);
+    if (bf16 != nullptr) fuzz_case<BFloat16>(*bf16, 0x1p-8);
+  }
+  std::printf("%d cases of each dtype that has kernels agree\n", cases);
+}
