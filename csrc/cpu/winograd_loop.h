@@ -17,8 +17,8 @@ namespace ddpm_fast {
 namespace {
 
 constexpr int kTile = 4, kSide = kTile + 2, kPlaces = kSide * kSide;
-// Bytes of the transformed input of a strip, which the second-level cache holds.
-constexpr int64_t kWinogradBytes = int64_t{1} << 20;
+// Bytes of the transformed input of a strip: the more, the fewer times the weights are read.
+constexpr int64_t kWinogradBytes = int64_t{1} << 21;
 
 // Polynomials are evaluated at 0, a, -a, b, -b and infinity. Of the points whose products are
 // exact, these had the smallest error.
