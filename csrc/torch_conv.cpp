@@ -1,6 +1,7 @@
 // Convolutions for torch: their checks, and the kernel over all cores.
 #include <vector>
 
+#include "torch_image.h"
 #include "torch_run.h"
 
 namespace ddpm_fast {
@@ -30,31 +31,6 @@ void set_pair(const char* name, const Pair& values, int64_t least, int64_t (&to)
           name, " must be two integers from ", least, " to ", kMostTaps, ", for height and width.");
   to[0] = values[0];
   to[1] = values[1];
-}
-
-// A tensor (N, C, H, W) on the CPU, channels_last without gaps.
-void require_image(const char* name, const Tensor& t, ScalarType dtype) {
-  require_dtype(name, t, dtype);
-  require(t.is_cpu() && t.dim() == 4, name,
-          " must be on the CPU, of the shape (N, C, H, W), but it is ", shape_text(t), ".");
-  int64_t expected = 1;
-  for (int i : {1, 3, 2, 0}) {
-    require(t.size(i) == 1 || t.stride(i) == expected || t.numel() == 0, name,
-            " must be channels_last without gaps.");
-    expected *= t.size(i);
-  }
-}
-
-// Without the dispatcher, which costs a microsecond.
-Tensor empty_image(ScalarType dtype, int64_t n, int64_t channels, int64_t height, int64_t width) {
-  const int64_t sizes[] = {n, channels, height, width};
-  const int64_t strides[] = {channels * height * width, 1, channels * width, channels};
-  AtenTensorHandle image;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      4, sizes, strides,
-      dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(),
-      aoti_torch_device_type_cpu(), 0, &image));
-  return Tensor(image);
 }
 
 ConvShape shape_of(const Tensor& x, int64_t out_channels, const Pair& kernel_size,

@@ -126,8 +126,8 @@ def test_the_number_of_threads_changes_little_and_the_place_nothing(extension, t
             "float32 or bfloat16, but it is float16",
         ),
         (
-            {"skip": torch.zeros(2, 4, 3, 6)},
-            r"with the samples and the sizes of out, \(2, 8, 3, 5\)",
+            {"skip": torch.zeros(2, 4, 3, 6).contiguous(memory_format=LAST)},
+            r"with the samples and the sizes of x, \(2, 4, 3, 5\)",
         ),
         ({"skip": torch.zeros(2, 4, 3, 5, dtype=torch.bfloat16)}, "skip must be float32"),
         ({"groups": 3}, "groups must divide the 4 channels, but it is 3"),
