@@ -8,7 +8,7 @@ namespace ddpm_fast {
 inline constexpr int kCoefficients = sizeof(Coefficients) / sizeof(float);
 inline constexpr int kIndexColumns = sizeof(RowIndex) / sizeof(int32_t);
 inline constexpr int64_t kChunk = 4096;  // elements of one sample, the unit of parallel work
-// Of cpu/norm_loop.h: columns, rows, rows and columns.
+// Of cpu/norm_moments.h: columns, rows, rows and columns.
 inline constexpr int64_t kNormRow = 1024, kNormBlock = 256, kNormCenter = 8, kNormStrip = 64;
 
 // y = GroupNorm(x + shift), then SiLU: channels_last, without gaps. x is (samples, pixels,
