@@ -8,7 +8,8 @@ namespace ddpm_fast {
 inline constexpr int kCoefficients = sizeof(Coefficients) / sizeof(float);
 inline constexpr int kIndexColumns = sizeof(RowIndex) / sizeof(int32_t);
 inline constexpr int64_t kChunk = 4096;  // elements of one sample, the unit of parallel work
-inline constexpr int64_t kNormRow = 1024, kNormBlock = 256;  // see cpu/norm_loop.h
+// Of cpu/norm_moments.h: columns, rows, rows and columns.
+inline constexpr int64_t kNormRow = 1024, kNormBlock = 256, kNormCenter = 8, kNormStrip = 64;
 
 // y = GroupNorm(x + shift), then SiLU: channels_last, without gaps. x is (samples, pixels,
 // channels) in one or two parts, whose channels follow each other.
@@ -59,10 +60,14 @@ struct AttentionArgs {
 // Static, as in arguments.h.
 static constexpr int64_t chunks_of(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
 
-// The floats that `group_norm` needs as memory: four times this.
 static constexpr int64_t norm_row(int64_t channels) {
   return channels > kNormRow ? channels : kNormRow;
 }
+// The floats that a GroupNormKernel needs as memory.
+static constexpr int64_t norm_memory(int64_t channels) { return 6 * norm_row(channels); }
+
+// The range is in groups, [0, samples * groups); where these are cut into ranges changes no bit.
+using GroupNormKernel = void (*)(const GroupNormArgs&, int64_t begin, int64_t end, float* memory);
 
 // One instruction-set level. Ranges are in chunks: [0, samples * chunks_of(elements)).
 struct CpuKernels {
@@ -71,8 +76,7 @@ struct CpuKernels {
   void (*q_sample)(const QSampleArgs&, int64_t begin, int64_t end);
   // Returns the first sample of the range with a value that is not finite, or -1.
   int64_t (*step)(const StepArgs&, int64_t begin, int64_t end);
-  // The range is in groups, [0, samples * groups); each of a sample's has the same channels.
-  void (*group_norm)(const GroupNormArgs&, int64_t begin, int64_t end, float* memory);
+  GroupNormKernel group_norm;
 };
 
 // Convolutions of one dtype by one algorithm.
@@ -86,6 +90,9 @@ struct ConvKernels {
   int64_t (*memory_bytes)(const ConvShape&);
   void (*conv2d)(const ConvArgs&, int64_t begin, int64_t end, void* memory);
 };
+
+// Of the level in use, and for bfloat16 with the CPU's own conversions where that has AVX512-BF16.
+GroupNormKernel group_norm_kernel(DType dtype);
 
 // Attention of one dtype.
 struct AttentionKernels {
@@ -110,6 +117,7 @@ int cpu_levels(const char* names[3], bool available_only);
 extern const CpuKernels kBaselineKernels;
 extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
+extern const GroupNormKernel kAvx512Bf16GroupNorm;
 extern const ConvKernels kAvx2Conv, kAvx2Winograd;
 extern const ConvKernels kAvx512Conv, kAvx512Winograd;
 extern const ConvKernels kAvx512Bf16Conv, kAvx512Bf16Winograd;

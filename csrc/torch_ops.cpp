@@ -16,8 +16,8 @@ void p_sample_step_(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor
                     std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status,
                     std::optional<Tensor> next_input);
 // In torch_norm.cpp.
-void group_norm(Tensor out, Tensor x, std::optional<Tensor> skip, std::optional<Tensor> shift,
-                Tensor weight, Tensor bias, int64_t groups, double eps, bool silu);
+Tensor group_norm(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> shift, Tensor weight,
+                  Tensor bias, int64_t groups, double eps, bool silu);
 // In torch_conv.cpp.
 Tensor pack_conv2d(Tensor weight, ScalarType dtype, bool winograd);
 Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
@@ -141,8 +141,8 @@ STABLE_TORCH_LIBRARY(ddpm_fast, m) {
         "Tensor(b!)? previous_pred_xstart=None, Tensor(c!)? status=None, "
         "Tensor(d!)? next_input=None) -> ()");
   m.def(
-      "group_norm(Tensor(a!) out, Tensor x, Tensor? skip, Tensor? shift, Tensor weight, "
-      "Tensor bias, int groups, float eps, bool silu) -> ()");
+      "group_norm(Tensor x, Tensor? skip, Tensor? shift, Tensor weight, Tensor bias, int groups, "
+      "float eps, bool silu) -> Tensor");
   m.def("pack_conv2d(Tensor weight, ScalarType dtype, bool winograd=False) -> Tensor");
   m.def(
       "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int out_channels, "

@@ -208,12 +208,7 @@ def group_norm(
     """
     if resolve_backend(x.device, backend)[0] != "cpu":
         return fallback.group_norm(x, skip, shift, weight, bias, groups, eps, silu)
-    shape = list(x.shape)
-    if skip is not None:
-        shape[1] += skip.shape[1]
-    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    torch.ops.ddpm_fast.group_norm.default(out, x, skip, shift, weight, bias, groups, eps, silu)
-    return out
+    return torch.ops.ddpm_fast.group_norm.default(x, skip, shift, weight, bias, groups, eps, silu)
 
 
 def is_conv2d_fastest(dtype: torch.dtype) -> bool:
@@ -325,8 +320,11 @@ def _register() -> None:
         _require_one_device(x_t, *args, *kwargs.values())
 
     @torch.library.register_fake("ddpm_fast::group_norm")
-    def _(*args, **kwargs):
-        _require_one_device(*(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
+    def _(x, skip, shift, weight, bias, groups, eps, silu):
+        _require_one_device(x, skip, shift, weight, bias)
+        channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+        size = (x.shape[0], channels, *x.shape[2:])
+        return x.new_empty(size).to(memory_format=torch.channels_last)
 
     @torch.library.register_fake("ddpm_fast::pack_conv2d")
     def _(weight, dtype, winograd=False):

@@ -13,7 +13,7 @@ struct Avx2 {
   };
   using W = __m256i;
   static constexpr int kLanes = 8, kParts = 2, kMaxStride = 1;
-  static constexpr bool kPastCaches = true;
+  static constexpr bool kPastCaches = true, kHasScale = false;
 
   static F set(float x) { return _mm256_set1_ps(x); }
   static U set_u(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }

@@ -43,7 +43,7 @@ struct Avx512 {
   };
   using W = __m512i;
   static constexpr int kLanes = 16, kParts = 2, kMaxStride = 4;
-  static constexpr bool kPastCaches = true;
+  static constexpr bool kPastCaches = true, kHasScale = true;
 
   static F set(float x) { return _mm512_set1_ps(x); }
   static U set_u(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
@@ -128,7 +128,10 @@ struct Avx512 {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F sqrt(F x) { return _mm512_sqrt_ps(x); }
-  static F reciprocal(F x) { return _mm512_rcp14_ps(x); }     // within 2^-14
+  static F reciprocal(F x) { return _mm512_rcp14_ps(x); }  // within 2^-14
+  // t - floor(t), and x * 2^floor(t).
+  static F fraction(F t) { return _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF); }
+  static F scale(F x, F t) { return _mm512_scalef_ps(x, t); }
   static F poison(F a, F x) { return fma(x, set(0.0f), a); }  // NaN where x is not finite
   static F max(F a, F b) { return _mm512_max_ps(a, b); }      // b where either is NaN
   static F min(F a, F b) { return _mm512_min_ps(a, b); }

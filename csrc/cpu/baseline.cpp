@@ -9,7 +9,7 @@ struct Scalar {
   using U = uint32_t;
   using W = uint64_t;
   static constexpr int kLanes = 1, kParts = 1, kMaxStride = 1;
-  static constexpr bool kPastCaches = false;
+  static constexpr bool kPastCaches = false, kHasScale = false;
 
   static F set(float x) { return x; }
   static U set_u(uint32_t x) { return x; }

@@ -80,6 +80,17 @@ const CpuKernels& cpu_kernels() {
   return *kernels;
 }
 
+GroupNormKernel group_norm_kernel([[maybe_unused]] DType dtype) {
+#ifdef DDPM_FAST_X86
+  __builtin_cpu_init();
+  if (dtype == DType::kBFloat16 && &cpu_kernels() == &kAvx512Kernels &&
+      __builtin_cpu_supports("avx512bf16")) {
+    return kAvx512Bf16GroupNorm;
+  }
+#endif
+  return cpu_kernels().group_norm;
+}
+
 const ConvKernels* conv_kernels([[maybe_unused]] DType dtype, [[maybe_unused]] bool winograd) {
 #ifdef DDPM_FAST_X86
   if (dtype == DType::kFloat32 && &cpu_kernels() == &kAvx2Kernels) {
