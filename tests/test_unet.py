@@ -303,6 +303,8 @@ def test_inputs_that_do_not_fit_are_refused(tiny_unet):
         unet(x.repeat(1, 3, 1, 1), t)
     with pytest.raises(ValueError, match=r"t must have shape \(2,\)"):
         unet(x, t[:1])
+    with pytest.raises(ValueError, match=r"at least one sample, got shape \(0, 1, 8, 8\)"):
+        unet(x[:0], t[:0])
     with pytest.raises(ValueError, match="multiples of 2, got"):
         unet(x[..., :7], t)
     with pytest.raises(ValueError, match="2 spatial sizes"):
