@@ -17,7 +17,7 @@ from .fused import DTYPES, Norm, Size
 from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, packed
 from .time_table import TimeTable
 from .unet import ResBlock, Stage, UNet, check_inputs
-from .workers import on_a_worker, workers
+from .workers import is_ending, on_a_worker, workers
 
 # How a batch is shared out, by the bytes of its first layer; measured on two cores with 1 MiB of
 # second-level cache each. Where a batch is small, cores wait for each other longer than they work;
@@ -109,7 +109,7 @@ class FusedUNet(nn.Module):
         threads = torch.get_num_threads()
         height, width = self._sizes()[0]
         bytes_each = self.config.base_channels * height * width * self.dtype.itemsize
-        if threads == 1:
+        if threads == 1 or is_ending():
             return 0
         is_own = self.conv_in.is_own
         if not is_own and batch_size * bytes_each <= LARGEST_OF_ONE_CORE:
