@@ -142,7 +142,7 @@ class FusedUNet(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedUNet:
         """What `to`, `cuda`, `half` and their like call, here to be refused."""
-        moved = fn(torch.empty(0, dtype=self.dtype))
+        moved = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
         if (moved.device.type, moved.dtype) != ("cpu", self.dtype):
             have, asked = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, moved.dtype))
             raise ValueError(
@@ -183,7 +183,8 @@ def prepare(
 
     A `UNet` on a CPU in float32 or bfloat16 becomes a `FusedUNet`, unless `fused` is False.
     """
-    if fused and isinstance(unet, UNet) and device.type == "cpu" and dtype in DTYPES:
+    # A subclass may compute another function.
+    if fused and type(unet) is UNet and device.type == "cpu" and dtype in DTYPES:
         on_cpu = all(p.device == device for p in unet.parameters())
         return FusedUNet(unet if on_cpu else copy.deepcopy(unet).to(device), dtype)
     network = copy.deepcopy(unet).to(device, dtype).eval().requires_grad_(False)

@@ -11,8 +11,10 @@ import torch
 
 from ddpm_fast import backend, ops, time_table
 from ddpm_fast.checkpoint import load_model
+from ddpm_fast.fused import is_packable
 from ddpm_fast.fused_blocks import FusedAttention
 from ddpm_fast.inference import FusedUNet, prepare, unfused
+from ddpm_fast.ops import is_conv2d_fastest
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.unet import Attention, UNet
 from ddpm_fast.unet_config import UNetConfig
@@ -44,6 +46,7 @@ CONFIGS = [
     {"embedding_order": "cos_sin", "embedding_shift": 0.0, "norm_eps": 1e-3},
     {"embedding_order": "interleaved"},
     {"embedding_channels": 24, "timestep_scale": 2.5},
+    {"timestep_scale": 1000 / 300},
     {"scale_shift_norm": True, "mid_attention_norm": False},
     {"up_attention": "last", "num_res_blocks": 2, "attention_levels": (True, True)},
     {"channel_mult": (1,), "attention_levels": (True,)},
@@ -80,6 +83,10 @@ def run(network, dtype, x, *rest):
     return network(x.to(dtype), *rest).double()
 
 
+def has_fused_layers(dtype):
+    return backend.extension is not None and (is_conv2d_fastest(dtype) or is_packable(dtype))
+
+
 def error(got, want):
     return float((got - want).norm() / want.norm())
 
@@ -105,7 +112,7 @@ def test_the_published_cifar10_model(dtype, t, cifar10):
     x, _, _ = inputs(CIFAR10, 2)
     times = torch.full((2,), t)
     assert error(run(networks[dtype], dtype, x, times), run(unet, F32, x, times)) < BOUND[dtype]
-    if backend.extension is not None:
+    if has_fused_layers(dtype):
         assert unfused(networks[dtype]) == []
 
 
@@ -135,6 +142,49 @@ def test_it_stays_where_it_was_prepared_for(tiny_config):
             move()
 
 
+@pytest.fixture
+def default_dtype():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(F32)
+
+
+@pytest.fixture
+def default_device():
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("default", ["default_dtype", "default_device"])
+def test_torchs_defaults_change_nothing(default, tiny_config, request):
+    unet = randomized(tiny_config(num_heads=2, num_classes=4))
+    network, (x, *rest) = prepare(unet, CPU, F32), inputs(unet.config)
+    want = run(network, F32, x, *rest)
+    request.getfixturevalue(default)
+    for made in (network, prepare(unet, CPU, F32)):
+        assert torch.equal(run(made, F32, x, *rest), want)
+        assert torch.nn.Sequential(made).to("cpu", F32)[0] is made
+
+
+def test_it_has_no_gradients(tiny_config):
+    network, (x, t, _) = prepare(UNet(tiny_config()), CPU, F32), inputs(tiny_config())
+    assert torch.is_grad_enabled() and not network(x.requires_grad_(), t).requires_grad
+
+
+def test_a_network_of_another_class_stays_what_it_is(tiny_config):
+    class Doubled(UNet):
+        def forward(self, *arguments):
+            return 2 * super().forward(*arguments)
+
+    unet = randomized(tiny_config())
+    doubled = Doubled(unet.config).eval()
+    doubled.load_state_dict(unet.state_dict())
+    arguments = inputs(unet.config)
+    got = run(prepare(doubled, CPU, F32), F32, *arguments)
+    assert error(got, 2 * run(unet, F32, *arguments)) < BOUND[F32]
+
+
 @pytest.mark.parametrize("change", [{}, {"num_classes": 4}], ids=str)
 def test_a_hosts_autocast_changes_nothing(change, tiny_config):
     config = tiny_config(num_heads=2, **change)
@@ -160,7 +210,7 @@ def test_the_shipped_model(dtype):
         for labels in (None, torch.arange(len(x))):
             want = run(unet, F32, x, times, labels)
             assert error(run(network, dtype, x, times, labels), want) < BOUND[dtype]
-    if backend.extension is not None:
+    if has_fused_layers(dtype):
         assert unfused(network) == []
 
 
@@ -211,7 +261,7 @@ def test_the_table_forgets_the_oldest(tiny_config, monkeypatch):
         for label in range(4):
             arguments = torch.tensor([t]), torch.tensor([label])
             assert error(run(network, F32, x, *arguments), run(unet, F32, x, *arguments)) < 1e-5
-    kept = [*network.table._tables.values(), *network.table._others.values()]
+    kept = [*network.table._expected[1].values(), *network.table._others.values()]
     assert 0 < sum(v.numel() for v in kept) < 2500
 
 
@@ -327,7 +377,7 @@ def test_a_table_of_too_many_classes_is_made_row_by_row(tiny_config, monkeypatch
     x, _, labels = inputs(unet.config, 3)
     t = torch.tensor([7, 3, 99])
     torch.testing.assert_close(network(x, t, labels), wanted(x, t, labels))
-    assert not network.table._tables
+    assert network.table._expected == ({}, {})
 
 
 def test_what_is_prepared_is_a_copy(tiny_config):
@@ -364,6 +414,7 @@ def test_inputs_that_do_not_fit_are_refused_as_by_the_unet(tiny_unet):
         ((x, t, t), "trained without classes"),
         ((x.repeat(1, 3, 1, 1), t), "1 channels, got 3"),
         ((x, t[:1]), r"t must have shape \(2,\)"),
+        ((x[:0], t[:0]), r"at least one sample, got shape \(0, 1, 8, 8\)"),
         ((x[..., :7], t), "multiples of 2, got"),
         ((x.bfloat16(), t), "x must be float32, as the network was prepared for, but it is bfl"),
     ):
