@@ -92,10 +92,16 @@ def q_sample(
     return x_t, drawn if noise is None else noise
 
 
-def _refuse_grad(tensors: Sequence[Tensor | None]) -> None:
+def _require_extension() -> None:
+    """For what has no other backend: BackendError where it is missing."""
+    if not is_available():
+        resolve_backend("cpu", "cpu")
+
+
+def _refuse_grad(name: str, *tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
-            "ddpm_fast: the sampling step is not differentiable; call it under torch.no_grad()."
+            f"ddpm_fast: {name} is not differentiable; call it under torch.no_grad()."
         )
 
 
@@ -138,7 +144,7 @@ def p_sample_step(
     """
     arguments = (x_t, model_output, coefficients, index, row, seed, sample_index, noise)
     arguments += (guidance_scale, previous_pred_xstart, status, next_input)
-    _refuse_grad(arguments)
+    _refuse_grad("the sampling step", *arguments)
     name = resolve_backend(x_t.device, backend)[0]
     if name == "reference":
         return fallback.p_sample_step(*arguments)
@@ -167,7 +173,7 @@ def p_sample_step_(
     channels_last or a slice of such a tensor."""
     arguments = (x_t, model_output, coefficients, index, row, seed, sample_index, noise)
     arguments += (guidance_scale, previous_pred_xstart, status, next_input)
-    _refuse_grad(arguments)
+    _refuse_grad("the sampling step", *arguments)
     name = resolve_backend(x_t.device, backend)[0]
     if name == "reference":
         return fallback.p_sample_step(*arguments, in_place=True)
@@ -196,28 +202,32 @@ def group_norm(
     Returns (N, C, H, W) in x's dtype, channels_last. On a CPU only; no gradients. Raises
     RuntimeError where an argument is not so, and BackendError where `backend` is not available.
     """
+    _refuse_grad("group_norm", x, skip, shift, weight, bias)
     if resolve_backend(x.device, backend)[0] != "cpu":
         return fallback.group_norm(x, skip, shift, weight, bias, groups, eps, silu)
     shape = list(x.shape)
     if skip is not None:
         shape[1] += skip.shape[1]
-    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     torch.ops.ddpm_fast.group_norm.default(out, x, skip, shift, weight, bias, groups, eps, silu)
     return out
 
 
 def is_conv2d_fastest(dtype: torch.dtype) -> bool:
-    """Whether this CPU has `conv2d`; and no AMX, with which oneDNN is faster in bfloat16."""
+    """Whether the backend is "cpu" and this CPU has `conv2d`; and no AMX, with which oneDNN is
+    faster in bfloat16."""
     if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         return False
-    return conv_kernels(dtype) is not None
+    return resolve_backend("cpu")[0] == "cpu" and conv_kernels(dtype) is not None
 
 
 def pack_conv2d(weight: Tensor) -> Tensor:
     """A convolution's weight (O, I, kH, kW), float32 or bfloat16, as `conv2d` reads it: flat.
 
-    Raises RuntimeError where it is not so, and as `conv2d`.
+    No gradients. Raises RuntimeError where it is not so, and as `conv2d`.
     """
+    _require_extension()
+    _refuse_grad("pack_conv2d", weight)
     return torch.ops.ddpm_fast.pack_conv2d.default(weight)
 
 
@@ -237,8 +247,10 @@ def conv2d(
     bias: float32 (O,). residual: like the result, (N, O, H', W') in x's dtype, channels_last.
     kernel_size, stride, padding: of (height, width). A sample's bits depend on the sample alone. No
     gradients. Raises RuntimeError where an argument is not so, and on a CPU without AVX-512, or
-    without AVX512-BF16 for bfloat16.
+    without AVX512-BF16 for bfloat16; BackendError without the compiled extension.
     """
+    _require_extension()
+    _refuse_grad("conv2d", x, weight, bias, residual)
     return torch.ops.ddpm_fast.conv2d.default(
         x, weight, bias, residual, out_channels, kernel_size, stride, padding
     )
