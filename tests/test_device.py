@@ -9,7 +9,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import ctypes, sys, torch
+import ctypes, sys
 from ddpm_fast.device import keep_freed_memory
 
 class Info(ctypes.Structure):
@@ -24,13 +24,15 @@ def mapped():
     return getattr(libc.mallinfo2(), "3")
 
 libc = ctypes.CDLL(None)
-libc.mallinfo2.restype = Info
+libc.mallinfo2.restype, libc.malloc.restype = Info, ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
 if sys.argv[1] == "keep":
     keep_freed_memory()
 before, start = mapped(), arena()
-layers = [torch.ones(4 << 20) for _ in range(3)]  # 16 MiB each
+layers = [libc.malloc(16 << 20) for _ in range(3)]
 count = mapped() - before
-layers.clear()
+for layer in layers:
+    libc.free(layer)
 print(count, (arena() - start) >> 20)
 """
 

@@ -212,6 +212,10 @@ def test_scaled_timesteps_are_other_timesteps(tiny_unet):
     x, t = inputs(plain.config)
     torch.testing.assert_close(scaled(x, 4 * t), plain(x, t), rtol=0, atol=0)
     torch.testing.assert_close(scaled(x, t), plain(x, t * 0.25), rtol=0, atol=0)
+    scaled = tiny_unet(timestep_scale=1000 / 300)
+    times = torch.arange(290, 300)
+    x = x[:1].expand(10, -1, -1, -1)
+    assert torch.equal(scaled(x, times.double()), scaled(x, times))  # float32, whatever came
 
 
 def test_the_embedding_may_have_its_own_width(tiny_unet):
