@@ -46,7 +46,6 @@ CONFIGS = [
     {"embedding_order": "cos_sin", "embedding_shift": 0.0, "norm_eps": 1e-3},
     {"embedding_order": "interleaved"},
     {"embedding_channels": 24, "timestep_scale": 2.5},
-    {"timestep_scale": 1000 / 300},
     {"scale_shift_norm": True, "mid_attention_norm": False},
     {"up_attention": "last", "num_res_blocks": 2, "attention_levels": (True, True)},
     {"channel_mult": (1,), "attention_levels": (True,)},
