@@ -102,3 +102,8 @@ atexit.register(lambda: print(network.uses_workers(8), network(x, t).shape))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     shape = "torch.Size([8, 1, 28, 28])"
     assert done.stdout == f"True {shape}\nFalse {shape}\n", done.stderr
+
+
+def test_each_worker_uses_one_core(two_threads):
+    assert set(workers(2).map(lambda _: torch.get_num_threads(), range(8))) == {1}
+    assert torch.get_num_threads() == 2
