@@ -2,7 +2,8 @@
 
 The tensor's device picks CPU or CUDA. `DDPM_FAST_BACKEND` overrides "auto". What is asked for
 explicitly and cannot be had raises BackendError; what was chosen automatically may fall back to
-the reference, with one warning.
+the reference, with one warning. A network prepared for a CPU follows: on the reference, its norms
+are PyTorch's and its convolutions oneDNN's.
 """
 
 from __future__ import annotations

@@ -199,8 +199,7 @@ class Norm(Layer):
         self.groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
         self.weight = norm.weight.detach().float().clone()
         self.bias = norm.bias.detach().float().clone()
-        self.backend = "cpu" if ops.is_available() else "reference"
-        self.is_fused = self.backend == "cpu"
+        self.is_fused = ops.resolve_backend("cpu")[0] == "cpu"
 
     def forward(
         self,
@@ -211,5 +210,4 @@ class Norm(Layer):
     ) -> Tensor:
         """Of x, whose channels `skip`'s follow, plus shift; affine: other weights and biases."""
         weight, bias = affine or (self.weight, self.bias)
-        settings = (self.groups, self.eps, self.silu)
-        return ops.group_norm(x, skip, shift, weight, bias, *settings, backend=self.backend)
+        return ops.group_norm(x, skip, shift, weight, bias, self.groups, self.eps, self.silu)

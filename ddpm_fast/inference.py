@@ -17,7 +17,7 @@ from .fused import DTYPES, Layer, Norm, Size
 from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, packed
 from .time_table import TimeTable
 from .unet import ResBlock, Stage, UNet, check_inputs
-from .workers import on_a_worker, workers
+from .workers import is_ending, on_a_worker, workers
 
 # How a batch is shared out, by the bytes of its first layer; measured on two cores with 1 MiB of
 # second-level cache each. Where a batch is small, cores wait for each other longer than they work;
@@ -110,7 +110,7 @@ class FusedUNet(Layer):
         threads = torch.get_num_threads()
         height, width = self._sizes()[0]
         bytes_each = self.config.base_channels * height * width * self.dtype.itemsize
-        if threads == 1:
+        if threads == 1 or is_ending():
             return 0
         is_own = self.conv_in.is_own
         if not is_own and batch_size * bytes_each <= LARGEST_OF_ONE_CORE:
@@ -143,7 +143,7 @@ class FusedUNet(Layer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedUNet:
         """What `to`, `cuda`, `half` and their like call, here to be refused."""
-        moved = fn(torch.empty(0, dtype=self.dtype))
+        moved = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
         if (moved.device.type, moved.dtype) != ("cpu", self.dtype):
             have, asked = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, moved.dtype))
             raise ValueError(
@@ -184,7 +184,8 @@ def prepare(
 
     A `UNet` on a CPU in float32 or bfloat16 becomes a `FusedUNet`, unless `fused` is False.
     """
-    if fused and isinstance(unet, UNet) and device.type == "cpu" and dtype in DTYPES:
+    # A subclass may compute another function.
+    if fused and type(unet) is UNet and device.type == "cpu" and dtype in DTYPES:
         on_cpu = all(p.device == device for p in unet.parameters())
         return FusedUNet(unet if on_cpu else copy.deepcopy(unet).to(device), dtype)
     network = copy.deepcopy(unet).to(device, dtype).eval().requires_grad_(False)

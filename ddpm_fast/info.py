@@ -77,6 +77,16 @@ def _networks() -> list[tuple[str, str]]:
     return lines
 
 
+def _prepared() -> list[tuple[str, str]]:
+    """Of networks prepared for this CPU; nothing where the backend that is asked for has no CPU."""
+    try:
+        backend.resolve_backend("cpu")
+    except backend.BackendError:
+        return []
+    kinds = ("float32", "bfloat16")
+    return [(f"{name} convolutions", _convolutions(DTYPES[name])) for name in kinds] + _networks()
+
+
 def report() -> list[tuple[str, str]]:
     """The lines as (name, value)."""
     lines = [
@@ -100,8 +110,6 @@ def report() -> list[tuple[str, str]]:
     lines.append(("Triton kernels", _triton_kernels()))
     lines.append(("captured loop", _captured_loop()))
     lines.append(("backend on cpu", _choice("cpu")))
-    for name in ("float32", "bfloat16"):
-        lines.append((f"{name} convolutions", _convolutions(DTYPES[name])))
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             lines.append((f"backend on cuda:{i}", _choice(f"cuda:{i}")))
@@ -110,7 +118,7 @@ def report() -> list[tuple[str, str]]:
         lines.append(("backend on cuda", "none: torch sees no CUDA device"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return lines + _networks()
+        return lines + _prepared()
 
 
 def _cuda_kernels(config: dict[str, object]) -> str:

@@ -102,10 +102,16 @@ def q_sample(
     return x_t, drawn if noise is None else noise
 
 
-def _refuse_grad(tensors: Sequence[Tensor | None]) -> None:
+def _require_extension() -> None:
+    """For what has no other backend: BackendError where it is missing."""
+    if not is_available():
+        resolve_backend("cpu", "cpu")
+
+
+def _refuse_grad(name: str, *tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
-            "ddpm_fast: the sampling step is not differentiable; call it under torch.no_grad()."
+            f"ddpm_fast: {name} is not differentiable; call it under torch.no_grad()."
         )
 
 
@@ -148,7 +154,7 @@ def p_sample_step(
     """
     arguments = (x_t, model_output, coefficients, index, row, seed, sample_index, noise)
     arguments += (guidance_scale, previous_pred_xstart, status, next_input)
-    _refuse_grad(arguments)
+    _refuse_grad("the sampling step", *arguments)
     name = resolve_backend(x_t.device, backend)[0]
     if name == "reference":
         return fallback.p_sample_step(*arguments)
@@ -177,7 +183,7 @@ def p_sample_step_(
     channels_last or a slice of such a tensor."""
     arguments = (x_t, model_output, coefficients, index, row, seed, sample_index, noise)
     arguments += (guidance_scale, previous_pred_xstart, status, next_input)
-    _refuse_grad(arguments)
+    _refuse_grad("the sampling step", *arguments)
     name = resolve_backend(x_t.device, backend)[0]
     if name == "reference":
         return fallback.p_sample_step(*arguments, in_place=True)
@@ -206,24 +212,28 @@ def group_norm(
     Returns (N, C, H, W) in x's dtype, channels_last. On a CPU only; no gradients. Raises
     RuntimeError where an argument is not so, and BackendError where `backend` is not available.
     """
+    _refuse_grad("group_norm", x, skip, shift, weight, bias)
     if resolve_backend(x.device, backend)[0] != "cpu":
         return fallback.group_norm(x, skip, shift, weight, bias, groups, eps, silu)
     return torch.ops.ddpm_fast.group_norm.default(x, skip, shift, weight, bias, groups, eps, silu)
 
 
 def is_conv2d_fastest(dtype: torch.dtype) -> bool:
-    """Whether this CPU has `conv2d`; and no AMX, with which oneDNN is faster in bfloat16."""
+    """Whether the backend is "cpu" and this CPU has `conv2d`; and no AMX, with which oneDNN is
+    faster in bfloat16."""
     if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         return False
-    return conv_kernels(dtype) is not None
+    return resolve_backend("cpu")[0] == "cpu" and conv_kernels(dtype) is not None
 
 
 def pack_conv2d(weight: Tensor, dtype: torch.dtype, winograd: bool = False) -> Tensor:
     """A convolution's weight (O, I, kH, kW), float32, as `conv2d` reads it for an x of `dtype`.
 
-    dtype: float32 or bfloat16. winograd: see `conv2d`. Returns a flat tensor. Raises RuntimeError
-    where an argument is not so, and as `conv2d`.
+    dtype: float32 or bfloat16. winograd: see `conv2d`. Returns a flat tensor. No gradients. Raises
+    RuntimeError where an argument is not so, and as `conv2d`.
     """
+    _require_extension()
+    _refuse_grad("pack_conv2d", weight)
     return torch.ops.ddpm_fast.pack_conv2d.default(weight, dtype, winograd)
 
 
@@ -246,8 +256,11 @@ def conv2d(
     of 4 x 4 (Lavin and Gray, 2015, equation 8), for kernels of 3 x 3 and stride 1; a quarter of the
     products, in float32 with about twice the error, and many channels must share what it costs.
     A sample's bits depend on the sample alone. No gradients. Raises RuntimeError where an argument
-    is not so, and on a CPU without AVX2, or without AVX512-BF16 for bfloat16.
+    is not so, and on a CPU without AVX2, or without AVX512-BF16 for bfloat16; BackendError without the
+    compiled extension.
     """
+    _require_extension()
+    _refuse_grad("conv2d", x, weight, bias, residual)
     return torch.ops.ddpm_fast.conv2d.default(
         x, weight, bias, residual, out_channels, kernel_size, stride, padding, winograd
     )
@@ -263,14 +276,17 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, out_channels
     width alone. bias: float32 (O,). Returns (N, O, 2 H, 2 W) or (N, O, H, 2 W). A sample's bits
     depend on the sample alone. No gradients. Raises as `conv2d`.
     """
+    _require_extension()
+    _refuse_grad("upsample_conv2d", x, weight, bias)
     return torch.ops.ddpm_fast.upsample_conv2d.default(x, weight, bias, out_channels)
 
 
 def is_attention_fastest(dtype: torch.dtype) -> bool:
-    """Whether this CPU has `attention`; and no AMX, with which torch's is faster in bfloat16."""
+    """Whether the backend is "cpu" and this CPU has `attention`; and no AMX, with which torch's is
+    faster in bfloat16."""
     if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         return False
-    return has_attention(dtype)
+    return resolve_backend("cpu")[0] == "cpu" and has_attention(dtype)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1) -> Tensor:
@@ -281,8 +297,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1) -> Tens
     channels of such a tensor. Returns (N, C, H, W) in their dtype, channels_last. Scores and sums
     are float32; softmax's weights are rounded to the dtype. A sample's bits depend on the sample
     alone, and only the scores of a few queries are kept. No gradients. Raises RuntimeError where an
-    argument is not so, and on a CPU without AVX-512, or without AVX512-BF16 for bfloat16.
+    argument is not so, and on a CPU without AVX-512, or without AVX512-BF16 for bfloat16;
+    BackendError without the compiled extension.
     """
+    _require_extension()
+    _refuse_grad("attention", query, key, value)
     return torch.ops.ddpm_fast.attention.default(query, key, value, heads)
 
 

@@ -28,9 +28,12 @@ class TimeTable:
         if self.class_embedding is not None:
             self.class_embedding.float()
         self.widths: list[int] = []  # of the projections, whose columns follow each other
-        self._weight, self._bias = torch.empty(0, unet.config.time_channels[1]), torch.empty(0)
-        self._place: dict[float, int] = {}  # of the expected timesteps
-        self._tables: dict[int | None, Tensor] = {}
+        # Like the embedding's weights, whatever torch's default dtype and device.
+        self._bias = self.time_mlp[0].bias.new_empty(0)
+        self._weight = self._bias.new_empty(0, unet.config.time_channels[1])
+        # Of the expected timesteps: each one's place, and the tables by class. Together, since
+        # another thread may be reading.
+        self._expected: tuple[dict[float, int], dict[int | None, Tensor]] = {}, {}
         self._others: dict[tuple[float, int | None], Tensor] = {}
 
     def add(self, weight: Tensor, bias: Tensor) -> int:
@@ -42,28 +45,30 @@ class TimeTable:
 
     def expect(self, timesteps: Sequence[float]) -> None:
         """Be ready for these."""
-        self._place = {t: i for i, t in enumerate(dict.fromkeys(timesteps))}
-        self._tables.clear()
+        places = {t: i for i, t in enumerate(dict.fromkeys(timesteps))}
+        tables = {}
         classes = (self.config.num_classes or 0) + 1
-        if classes * len(self._place) * len(self._bias) > MAX_VALUES:
-            self._place.clear()
+        if classes * len(places) * len(self._bias) > MAX_VALUES:
+            places = {}
         elif not self.config.num_classes:
-            self._tables[None] = self._compute(list(self._place), None)
+            tables[None] = self._compute(list(places), None)
+        self._expected = places, tables
 
     @torch.no_grad()
     def _compute(self, timesteps: list[float], label: int | None) -> Tensor:
-        t = torch.tensor(timesteps, dtype=torch.float64)
+        t = self._bias.new_tensor(timesteps)
         labels = None if label is None else torch.full_like(t, label, dtype=torch.int64)
         emb = embed(self.config, self.time_mlp, self.class_embedding, t, labels)
         return F.linear(emb, self._weight, self._bias)
 
     def _row(self, t: float, label: int | None) -> Tensor:
         """(1, columns)."""
-        place = self._place.get(t)
+        places, tables = self._expected
+        place = places.get(t)
         if place is not None:
-            table = self._tables.get(label)
+            table = tables.get(label)
             if table is None:
-                table = self._tables[label] = self._compute(list(self._place), label)
+                table = tables[label] = self._compute(list(places), label)
             return table[place : place + 1]
         row = self._others.get((t, label))
         if row is None:

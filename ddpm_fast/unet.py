@@ -159,7 +159,7 @@ def embed(
 ) -> Tensor:
     """The activated embedding (N, time_channels[1]) that every block projects."""
     channels, order = config.time_channels[0], config.embedding_order
-    t = t if config.timestep_scale == 1 else t * config.timestep_scale
+    t = t if config.timestep_scale == 1 else t.float() * config.timestep_scale
     emb = timestep_embedding(t, channels, order, config.embedding_shift)
     emb = time_mlp(emb.to(time_mlp[0].weight.dtype))
     if class_embedding is not None:
@@ -175,6 +175,8 @@ def embed(
 def check_inputs(config: UNetConfig, x: Tensor, t: Tensor, class_labels: Tensor | None) -> None:
     """Raise ValueError, in one sentence, for inputs that a U-Net of this kind does not take."""
     c, n = config, x.shape[0]
+    if n == 0:
+        raise ValueError(f"x must have at least one sample, got shape {tuple(x.shape)}")
     c.check_size(tuple(x.shape[2:]))
     if x.shape[1] != c.in_channels:
         raise ValueError(f"x must have {c.in_channels} channels, got {x.shape[1]}")
@@ -192,7 +194,7 @@ def check_inputs(config: UNetConfig, x: Tensor, t: Tensor, class_labels: Tensor 
             f"{tuple(class_labels.shape)}"
         )
     last = c.num_classes - (c.null_class == "none")
-    if n and class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = int(class_labels.min()), int(class_labels.max())
         if low < 0 or high > last:
             raise ValueError(f"class_labels must be in 0..{last}, got {low} to {high}")

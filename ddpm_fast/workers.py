@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import TypeVar
 
@@ -26,11 +26,17 @@ def workers(threads: int) -> ThreadPoolExecutor:
 
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ddpm_fast")
-    for _ in range(threads):
-        pool.submit(begin)
-    ready.wait()
-    # torch keeps a count for each thread, and another for threads to come, which is mended here.
-    torch.set_num_threads(before)
+    try:
+        for _ in range(threads):
+            pool.submit(begin)
+        ready.wait()
+    except BaseException:  # else those that did begin would wait for ever, and the exit for them
+        ready.abort()
+        pool.shutdown()
+        raise
+    finally:
+        # torch keeps a count for each thread, and another for threads to come: put back here.
+        torch.set_num_threads(before)
     return pool
 
 
@@ -40,7 +46,17 @@ def on_a_worker(function: Callable[..., T], *arguments: object) -> T:
     Torch's own threads stay asleep then. Woken up for a moment's work, they would wait for more of
     it on the cores on which the workers are to compute: 5 ms, of 60 of a step.
     """
-    return workers(torch.get_num_threads()).submit(function, *arguments).result()
+    future = workers(torch.get_num_threads()).submit(function, *arguments)
+    try:
+        return future.result()
+    except BaseException:
+        wait([future])  # so that nothing goes on beside a caller that was interrupted
+        raise
+
+
+def is_ending() -> bool:
+    """Whether the main thread has come to its end, after which Python lets no worker begin."""
+    return not threading.main_thread().is_alive()
 
 
 os.register_at_fork(after_in_child=workers.cache_clear)

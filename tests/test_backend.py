@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from ddpm_fast import backend, ops
+from ddpm_fast import backend, info, ops
+from ddpm_fast.fused import Norm
+from ddpm_fast.inference import prepare, unfused
 
 pytestmark = pytest.mark.skipif(
     backend.extension is None, reason=f"no compiled extension: {backend.extension_error}"
@@ -46,6 +49,22 @@ def test_environment_chooses_the_backend(monkeypatch):
     backend._resolve.cache_clear()
 
 
+def test_environment_chooses_a_prepared_networks_backend(monkeypatch, tiny_unet):
+    unet, x, t = tiny_unet(), torch.randn(2, 1, 8, 8), torch.tensor([3, 70])
+    networks = [prepare(unet, torch.device("cpu"), torch.float32)]
+    monkeypatch.setenv("DDPM_FAST_BACKEND", "reference")
+    backend._resolve.cache_clear()
+    try:
+        networks.append(prepare(unet, torch.device("cpu"), torch.float32))
+        lines = dict(info.report())
+    finally:
+        monkeypatch.undo()
+        backend._resolve.cache_clear()
+    assert lines["float32 convolutions"] == lines["bfloat16 convolutions"] == "oneDNN's"
+    assert len(unfused(networks[1])) == sum(isinstance(m, Norm) for m in networks[1].modules())
+    torch.testing.assert_close(networks[1](x, t), networks[0](x, t), rtol=1e-4, atol=1e-4)
+
+
 def test_environment_chooses_the_level():
     code = """
 import os
@@ -73,8 +92,14 @@ with warnings.catch_warnings(record=True) as caught:
     for _ in range(2):
         ops.randn(torch.arange(1), torch.arange(1), (4,))
 print(len(caught), caught[0].message)
+x = torch.zeros(1, 1, 1, 1)
+for call in (lambda: ops.pack_conv2d(x), lambda: ops.conv2d(x, x, None, None, 1, *[[1, 1]] * 3)):
+    try:
+        call()
+    except ops.BackendError as error:
+        print(error)
 ops.resolve_backend("cpu", "cpu")
 """
     run = python(code, DDPM_FAST_BACKEND="")
-    assert run.stdout.startswith("1 ") and "pip install" in run.stdout, run.stderr
+    assert run.stdout.startswith("1 ") and run.stdout.count("pip install") == 3, run.stderr
     assert "BackendError" in run.stderr

@@ -319,12 +319,14 @@ def test_a_network_uses_it_where_the_cpu_has_no_amx(bfloat16, monkeypatch, has_a
     layer = (24, 24, (3, 3), (1, 1), (1, 1), (9, 9))
     x, _, _, residual = case(layer, 2, BF16)
     conv = layer_of(layer, BF16)
-    assert conv.is_own != has_amx and conv.is_fused and conv.shape == (24, 24, 3, 3)
+    assert conv.is_own != has_amx and conv.shape == (24, 24, 3, 3)
+    assert conv.is_fused == (conv.is_own or fused.is_packable(BF16))
     assert layer_of(layer, F32).is_own
     for to in (None, residual):
         monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: not has_amx)
+        # Torch's own convolution rounds before it adds.
         torch.testing.assert_close(
-            conv(x, to), layer_of(layer, BF16)(x, to), rtol=2**-7, atol=2**-7
+            conv(x, to), layer_of(layer, BF16)(x, to), rtol=2**-7, atol=2**-6
         )
 
 

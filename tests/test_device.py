@@ -9,30 +9,41 @@ import sys
 import pytest
 
 SCRIPT = """
-import ctypes, sys, torch
+import ctypes, sys
 from ddpm_fast.device import keep_freed_memory
 
 class Info(ctypes.Structure):
     _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]
 
+def arena():
+    "Bytes from the kernel, but for blocks that it gets back when they are freed."
+    return getattr(libc.mallinfo2(), "0")
+
 def mapped():
-    "How many blocks are straight from the kernel, which gets them back when they are freed."
+    "How many such blocks there are."
     return getattr(libc.mallinfo2(), "3")
 
 libc = ctypes.CDLL(None)
-libc.mallinfo2.restype = Info
+libc.mallinfo2.restype, libc.malloc.restype = Info, ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
 if sys.argv[1] == "keep":
     keep_freed_memory()
-before = mapped()
-layers = [torch.ones(4 << 20) for _ in range(3)]  # 16 MiB each
-print(mapped() - before)
+before, start = mapped(), arena()
+layers = [libc.malloc(16 << 20) for _ in range(3)]
+count = mapped() - before
+for layer in layers:
+    libc.free(layer)
+print(count, (arena() - start) >> 20)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 def test_what_is_freed_is_kept_for_the_next():
-    def mapped(how: str) -> int:
+    def blocks_and_kept(how: str) -> list[int]:
         command = [sys.executable, "-c", SCRIPT, how]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return [int(number) for number in done.stdout.split()]
 
-    assert mapped("as it is") == 3 and mapped("keep") == 0
+    assert blocks_and_kept("as it is") == [3, 0]
+    blocks, mebibytes = blocks_and_kept("keep")
+    assert blocks == 0 and mebibytes >= 48

@@ -4,12 +4,11 @@ import copy
 import pickle
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
+from unet_cases import BF16, BOUND, CPU, F32, T, error, has_fused_layers, inputs, randomized, run
 
-from ddpm_fast import backend, ops, time_table
 from ddpm_fast.checkpoint import load_model
 from ddpm_fast.fused import Layer
 from ddpm_fast.fused_blocks import FusedAttention
@@ -17,12 +16,7 @@ from ddpm_fast.inference import FusedUNet, prepare, unfused
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.unet import Attention, UNet
 from ddpm_fast.unet_config import UNetConfig
-from ddpm_fast.workers import workers
 
-CPU = torch.device("cpu")
-T = torch.tensor([0, 1, 10, 100, 500, 999])
-F32, BF16 = torch.float32, torch.bfloat16
-BOUND = {F32: 1e-5, BF16: 1e-2}
 CIFAR10 = UNetConfig()
 # A thin network rounds more than a wide one: PyTorch's own bfloat16 is the measure there.
 CONFIGS = [
@@ -55,36 +49,6 @@ CONFIGS = [
 ]
 
 
-def randomized(config, seed=0):
-    """A network whose layers keep their input's spread; no norm and no bias is plain."""
-    unet = UNet(config).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in unet.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
-        else:
-            mean = float("norm" in name and name.endswith("weight"))
-            parameter.normal_(mean, 0.3, generator=generator)
-    return unet
-
-
-def inputs(config, n=6, seed=1):
-    """(x, t, class_labels)"""
-    x = torch.randn(n, *config.sample_shape, generator=torch.Generator().manual_seed(seed))
-    labels = None
-    if config.num_classes:
-        labels = torch.arange(n) % (config.num_classes + (config.null_class != "none"))
-    return x, T.repeat(2)[:n], labels
-
-
-def run(network, dtype, x, *rest):
-    return network(x.to(dtype), *rest).double()
-
-
-def error(got, want):
-    return float((got - want).norm() / want.norm())
-
-
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("change", CONFIGS, ids=str)
 def test_every_configuration_computes_the_same(change, dtype, tiny_config):
@@ -106,7 +70,7 @@ def test_the_published_cifar10_model(dtype, t, cifar10):
     x, _, _ = inputs(CIFAR10, 2)
     times = torch.full((2,), t)
     assert error(run(networks[dtype], dtype, x, times), run(unet, F32, x, times)) < BOUND[dtype]
-    if backend.extension is not None:
+    if has_fused_layers(dtype):
         assert unfused(networks[dtype]) == []
 
 
@@ -147,6 +111,49 @@ def test_it_stays_where_it_was_prepared_for(tiny_config):
             move()
 
 
+@pytest.fixture
+def default_dtype():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(F32)
+
+
+@pytest.fixture
+def default_device():
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("default", ["default_dtype", "default_device"])
+def test_torchs_defaults_change_nothing(default, tiny_config, request):
+    unet = randomized(tiny_config(num_heads=2, num_classes=4))
+    network, (x, *rest) = prepare(unet, CPU, F32), inputs(unet.config)
+    want = run(network, F32, x, *rest)
+    request.getfixturevalue(default)
+    for made in (network, prepare(unet, CPU, F32)):
+        assert torch.equal(run(made, F32, x, *rest), want)
+        assert torch.nn.Sequential(made).to("cpu", F32)[0] is made
+
+
+def test_it_has_no_gradients(tiny_config):
+    network, (x, t, _) = prepare(UNet(tiny_config()), CPU, F32), inputs(tiny_config())
+    assert torch.is_grad_enabled() and not network(x.requires_grad_(), t).requires_grad
+
+
+def test_a_network_of_another_class_stays_what_it_is(tiny_config):
+    class Doubled(UNet):
+        def forward(self, *arguments):
+            return 2 * super().forward(*arguments)
+
+    unet = randomized(tiny_config())
+    doubled = Doubled(unet.config).eval()
+    doubled.load_state_dict(unet.state_dict())
+    arguments = inputs(unet.config)
+    got = run(prepare(doubled, CPU, F32), F32, *arguments)
+    assert error(got, 2 * run(unet, F32, *arguments)) < BOUND[F32]
+
+
 @pytest.mark.parametrize("change", [{}, {"num_classes": 4}], ids=str)
 def test_a_hosts_autocast_changes_nothing(change, tiny_config):
     config = tiny_config(num_heads=2, **change)
@@ -172,7 +179,7 @@ def test_the_shipped_model(dtype):
         for labels in (None, torch.arange(len(x))):
             want = run(unet, F32, x, times, labels)
             assert error(run(network, dtype, x, times, labels), want) < BOUND[dtype]
-    if backend.extension is not None:
+    if has_fused_layers(dtype):
         assert unfused(network) == []
 
 
@@ -198,150 +205,6 @@ def test_a_long_attention_keeps_no_scores(tiny_config, monkeypatch):
     monkeypatch.delattr("torch.bmm")
     for got in (whole, fused(x)):
         torch.testing.assert_close(got, layer(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("labels", [None, [3, 0]])
-def test_any_timestep_has_its_row_expected_or_not(labels, tiny_config):
-    config = tiny_config(num_classes=3, null_class="row")
-    unet = randomized(config)
-    network = prepare(unet, CPU, F32)
-    network.expect([70, 3, 70])
-    labels = None if labels is None else torch.tensor(labels)
-    x, _, _ = inputs(config, 2)
-    for t in ([3, 3], [70, 3], [12, 3], [12, 12], [0.5, 70.0], [1e6, 0.0]):
-        times = torch.tensor(t)
-        want = run(unet, F32, x, times, labels)
-        assert error(run(network, F32, x, times, labels), want) < BOUND[F32]
-        assert error(run(network, F32, x, times, labels), want) < BOUND[F32]  # from the table
-
-
-def test_the_table_forgets_the_oldest(tiny_config, monkeypatch):
-    monkeypatch.setattr("ddpm_fast.time_table.MAX_VALUES", 1000)
-    unet = randomized(tiny_config(num_classes=3, null_class="row"))
-    network = prepare(unet, CPU, F32)
-    network.expect(range(5))
-    x, _, _ = inputs(unet.config, 1)
-    for t in range(12):
-        for label in range(4):
-            arguments = torch.tensor([t]), torch.tensor([label])
-            assert error(run(network, F32, x, *arguments), run(unet, F32, x, *arguments)) < 1e-5
-    kept = [*network.table._tables.values(), *network.table._others.values()]
-    assert 0 < sum(v.numel() for v in kept) < 2500
-
-
-@pytest.fixture(params=["groups", "whole"])
-def two_threads(request, extension, monkeypatch):
-    """Two, and what they do with the tiny batches of a test: each takes a group, or not."""
-    if request.param == "groups":
-        for limit in ("LARGEST_OF_ONE_CORE", "SMALLEST_GROUP"):
-            monkeypatch.setattr(f"ddpm_fast.inference.{limit}", 0)
-    torch.set_num_threads(2)
-    return request.param
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("n", [1, 4, 6, 12])
-def test_a_batch_in_groups_is_the_batch(dtype, n, two_threads, tiny_config):
-    unet = randomized(tiny_config(num_classes=3, null_class="row"))
-    network = prepare(unet, CPU, dtype)
-    arguments = inputs(unet.config, n)
-    want = run(unet, F32, *arguments)
-    seen = []
-    inner = network._run
-    network._run = lambda x, rows: seen.append(len(x)) or inner(x, rows)
-    got = run(network, dtype, *arguments)
-    assert error(got, want) < 2 * BOUND[dtype]
-    assert seen == ([n // 2] * 2 if two_threads == "groups" and n > 1 else [n])
-    assert torch.get_num_threads() == 2
-
-
-def test_how_batches_are_shared_out(extension, tiny_config, monkeypatch):
-    """By oneDNN's convolutions, and by our own."""
-    monkeypatch.setattr("ddpm_fast.ops.is_conv2d_fastest", lambda dtype: False)
-    small, large = prepare(UNet(tiny_config()), CPU, BF16), prepare(UNet(CIFAR10), CPU, BF16)
-    torch.set_num_threads(2)
-    assert [small._group_size(n) for n in (1, 7, 128, 129, 1000)] == [1, 7, 128, 0, 500]
-    assert [large._group_size(n) for n in (1, 2, 3, 4, 16, 64, 100)] == [0, 0, 0, 2, 8, 16, 10]
-    torch.set_num_threads(9)
-    assert [small._group_size(7), large._group_size(90)] == [7, 0]
-    torch.set_num_threads(1)
-    assert [small._group_size(7), large._group_size(64)] == [0, 0]
-    monkeypatch.undo()
-    if not ops.is_conv2d_fastest(BF16):
-        pytest.skip("this CPU has no AVX-512 for bfloat16, or has AMX")
-    small, large = prepare(UNet(tiny_config()), CPU, BF16), prepare(UNet(CIFAR10), CPU, BF16)
-    torch.set_num_threads(2)
-    assert [small._group_size(n) for n in (1, 256, 512, 1024)] == [0, 0, 256, 512]
-    assert [large._group_size(n) for n in (1, 2, 3, 4, 16, 64, 100)] == [0, 0, 0, 2, 8, 16, 10]
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("batch_size", [3, 8])
-def test_a_sample_does_not_depend_on_its_place(dtype, batch_size, two_threads, class_model):
-    sampler = Sampler.from_model(class_model, dtype=dtype, steps=10)
-    assert isinstance(sampler.network, FusedUNet)
-    settings = {"seed": 3, "batch_size": batch_size, "classes": [0, 1, 2]}
-    whole = sampler.sample(9, start=36, **settings)
-    for start in (37, 40, 42):
-        assert torch.equal(sampler.sample(6, start=start, **settings)[42 - start], whole[6])
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("threads", [2, 3])
-def test_a_place_in_an_odd_batch_changes_no_bit(dtype, threads, two_threads):
-    """Of the shipped model's size, where layers are cut among threads and groups among cores."""
-    torch.set_num_threads(threads)
-    network = prepare(load_model("mnist").unet, CPU, dtype)
-    generator = torch.Generator().manual_seed(0)
-    one = torch.randn(1, 1, 28, 28, generator=generator).to(dtype)
-    for batch_size in (3, 6, 7):
-        outputs = []
-        for place in range(batch_size):
-            x = torch.randn(batch_size, 1, 28, 28, generator=generator).to(dtype)
-            x[place] = one[0]
-            t, labels = torch.full((batch_size,), 500), torch.full((batch_size,), 3)
-            outputs.append(network(x, t, labels)[place])
-        assert all(torch.equal(output, outputs[0]) for output in outputs)
-
-
-def test_a_step_leaves_torchs_threads_asleep(two_threads, class_model, monkeypatch):
-    """Where workers compute the network: the update, and what joins their groups."""
-    threads = {}
-
-    def seen(name, function):
-        def call(*arguments, **settings):
-            threads.setdefault(name, set()).add(threading.current_thread().name.split("_")[0])
-            return function(*arguments, **settings)
-
-        return call
-
-    monkeypatch.setattr(ops, "p_sample_step_", seen("step", ops.p_sample_step_))
-    monkeypatch.setattr(torch, "cat", seen("cat", torch.cat))
-    sampler = Sampler.from_model(class_model, dtype=F32, steps=3)
-    for _ in sampler.batches(range(8), batch_size=8, classes=[0]):
-        pass
-    if not sampler.network.uses_workers(8):
-        assert threads["step"] == {"MainThread"}
-    else:
-        assert threads["step"] == {"ddpm"} and "ddpm" in threads["cat"]
-
-
-def test_each_worker_uses_one_core(two_threads):
-    assert set(workers(2).map(lambda _: torch.get_num_threads(), range(8))) == {1}
-    assert torch.get_num_threads() == 2
-
-
-def test_a_table_of_too_many_classes_is_made_row_by_row(tiny_config, monkeypatch):
-    unet = randomized(tiny_config(num_classes=3, null_class="row"))
-    wanted = prepare(unet, CPU, F32)
-    wanted.expect(range(100))
-    monkeypatch.setattr(time_table, "MAX_VALUES", 100)
-    network = prepare(unet, CPU, F32)
-    network.expect(range(100))
-    x, _, labels = inputs(unet.config, 3)
-    t = torch.tensor([7, 3, 99])
-    torch.testing.assert_close(network(x, t, labels), wanted(x, t, labels))
-    assert not network.table._tables
 
 
 def test_what_is_prepared_is_a_copy(tiny_config):
@@ -380,6 +243,7 @@ def test_inputs_that_do_not_fit_are_refused_as_by_the_unet(tiny_unet):
         ((x, t, t), "trained without classes"),
         ((x.repeat(1, 3, 1, 1), t), "1 channels, got 3"),
         ((x, t[:1]), r"t must have shape \(2,\)"),
+        ((x[:0], t[:0]), r"at least one sample, got shape \(0, 1, 8, 8\)"),
         ((x[..., :7], t), "multiples of 2, got"),
         ((x.bfloat16(), t), "x must be float32, as the network was prepared for, but it is bfl"),
     ):

@@ -1,5 +1,6 @@
 """`python -m ddpm_fast.info`."""
 
+import os
 import subprocess
 import sys
 
@@ -22,6 +23,16 @@ def test_the_command_prints_the_report():
         [sys.executable, "-m", "ddpm_fast.info"], capture_output=True, text=True, check=True
     )
     assert "backend on cpu" in run.stdout and run.stderr == ""
+
+
+def test_a_backend_without_a_cpu_is_reported():
+    run = subprocess.run(
+        [sys.executable, "-m", "ddpm_fast.info"],
+        env={**os.environ, "DDPM_FAST_BACKEND": "triton"},
+        capture_output=True,
+        text=True,
+    )
+    assert "the tensors are on cpu" in run.stdout and run.stderr == ""
 
 
 def test_a_missing_extension_is_named(monkeypatch):

@@ -72,6 +72,28 @@ def test_step_refuses_gradients(name):
         ops.p_sample_step(**arguments)
 
 
+LAYERS = {
+    "group_norm": lambda x, v: ops.group_norm(x, None, None, v, v, 2, 1e-6, True),
+    "pack_conv2d": lambda x, v: ops.pack_conv2d(x, torch.float32),
+    "conv2d": lambda x, v: ops.conv2d(x, v, None, None, 4, [1, 1], [1, 1], [0, 0]),
+    "upsample_conv2d": lambda x, v: ops.upsample_conv2d(x, v, None, 4),
+    "attention": lambda x, v: ops.attention(x, x, x),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_refuses_gradients(name):
+    x = torch.zeros(1, 4, 1, 1, requires_grad=True)
+    with pytest.raises(RuntimeError, match=f"{name} is not differentiable; call it under"):
+        LAYERS[name](x, torch.ones(4))
+
+
+def test_a_convolution_of_tensors_on_two_devices_is_refused():
+    x = torch.zeros(1, 4, 1, 1, device="meta")
+    with pytest.raises(RuntimeError, match="must be on one device, but they are on cpu and meta"):
+        LAYERS["conv2d"](x, torch.ones(64))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_results_lie_as_the_state_does(backend):
     """Also where the kernels cannot walk it, so that what torch.compile expects is what comes."""

@@ -1,0 +1,47 @@
+"""U-Nets to be prepared, what they are given, and how far a prepared one may be off."""
+
+import torch
+
+from ddpm_fast import backend
+from ddpm_fast.fused import is_packable
+from ddpm_fast.ops import is_conv2d_fastest
+from ddpm_fast.unet import UNet
+
+CPU = torch.device("cpu")
+T = torch.tensor([0, 1, 10, 100, 500, 999])
+F32, BF16 = torch.float32, torch.bfloat16
+BOUND = {F32: 1e-5, BF16: 1e-2}
+
+
+def randomized(config, seed=0):
+    """A network whose layers keep their input's spread; no norm and no bias is plain."""
+    unet = UNet(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in unet.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            mean = float("norm" in name and name.endswith("weight"))
+            parameter.normal_(mean, 0.3, generator=generator)
+    return unet
+
+
+def inputs(config, n=6, seed=1):
+    """(x, t, class_labels)"""
+    x = torch.randn(n, *config.sample_shape, generator=torch.Generator().manual_seed(seed))
+    labels = None
+    if config.num_classes:
+        labels = torch.arange(n) % (config.num_classes + (config.null_class != "none"))
+    return x, T.repeat(2)[:n], labels
+
+
+def run(network, dtype, x, *rest):
+    return network(x.to(dtype), *rest).double()
+
+
+def has_fused_layers(dtype):
+    return backend.extension is not None and (is_conv2d_fastest(dtype) or is_packable(dtype))
+
+
+def error(got, want):
+    return float((got - want).norm() / want.norm())
