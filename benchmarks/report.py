@@ -81,7 +81,8 @@ def peers(model: str) -> str:
     lines = [
         f"{TITLES[model]}, one evaluation, the same weights, milliseconds: {_where(document)}. In "
         f"brackets, how many times as long as ours in bfloat16; for ours, the share of the speed "
-        f"of one packed convolution of oneDNN's (3x3, 256 to 256 channels, 16x16, batch 16).{absent}",
+        f"of one packed convolution of oneDNN's (3x3, 256 to 256 channels, 16x16, batch 16)."
+        f"{absent}",
         "",
         f"| | {' | '.join(headings)} |",
         "|---" * (len(headings) + 1) + "|",

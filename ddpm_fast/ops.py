@@ -256,8 +256,8 @@ def conv2d(
     of 4 x 4 (Lavin and Gray, 2015, equation 8), for kernels of 3 x 3 and stride 1; a quarter of the
     products, in float32 with about twice the error, and many channels must share what it costs.
     A sample's bits depend on the sample alone. No gradients. Raises RuntimeError where an argument
-    is not so, and on a CPU without AVX2, or without AVX512-BF16 for bfloat16; BackendError without the
-    compiled extension.
+    is not so, and on a CPU without AVX2, or without AVX512-BF16 for bfloat16; BackendError without
+    the compiled extension.
     """
     _require_extension()
     _refuse_grad("conv2d", x, weight, bias, residual)

@@ -93,7 +93,13 @@ with warnings.catch_warnings(record=True) as caught:
         ops.randn(torch.arange(1), torch.arange(1), (4,))
 print(len(caught), caught[0].message)
 x = torch.zeros(1, 1, 1, 1)
-for call in (lambda: ops.pack_conv2d(x), lambda: ops.conv2d(x, x, None, None, 1, *[[1, 1]] * 3)):
+calls = (
+    lambda: ops.pack_conv2d(x, x.dtype),
+    lambda: ops.conv2d(x, x, None, None, 1, *[[1, 1]] * 3),
+    lambda: ops.upsample_conv2d(x, x, None, 1),
+    lambda: ops.attention(x, x, x),
+)
+for call in calls:
     try:
         call()
     except ops.BackendError as error:
@@ -101,5 +107,5 @@ for call in (lambda: ops.pack_conv2d(x), lambda: ops.conv2d(x, x, None, None, 1,
 ops.resolve_backend("cpu", "cpu")
 """
     run = python(code, DDPM_FAST_BACKEND="")
-    assert run.stdout.startswith("1 ") and run.stdout.count("pip install") == 3, run.stderr
+    assert run.stdout.startswith("1 ") and run.stdout.count("pip install") == 5, run.stderr
     assert "BackendError" in run.stderr
