@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import fallback, noise
+from . import fakes, fallback, noise
 from .backend import (
     BackendError,
     conv_kernels,
@@ -305,83 +305,5 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1) -> Tens
     return torch.ops.ddpm_fast.attention.default(query, key, value, heads)
 
 
-def _require_one_device(*tensors: Tensor | None) -> None:
-    """What torch asks of the fake implementations, because one of the tensors is on "meta"."""
-    devices = sorted({str(t.device) for t in tensors if t is not None})
-    if len(devices) > 1:
-        raise RuntimeError(
-            f"ddpm_fast: all tensors must be on one device, but they are on"
-            f" {' and '.join(devices)}; move them with .to()."
-        )
-
-
-def _register() -> None:
-    """Fake implementations (shapes without data) and q_sample's gradient."""
-
-    @torch.library.register_fake("ddpm_fast::randn")
-    def _(seed, sample_index, shape, step, stream):
-        _require_one_device(seed, sample_index)
-        return seed.new_empty((seed.shape[0], *shape), dtype=torch.float32)
-
-    @torch.library.register_fake("ddpm_fast::q_sample")
-    def _(x_start, coefficients, timesteps, seed, sample_index, noise=None):
-        _require_one_device(x_start, coefficients, timesteps, seed, sample_index, noise)
-        drawn = torch.empty_like(x_start) if noise is None else x_start.new_empty((0,))
-        return torch.empty_like(x_start), drawn
-
-    @torch.library.register_fake("ddpm_fast::p_sample_step")
-    def _(x_t, *args, **kwargs):
-        _require_one_device(x_t, *args, *kwargs.values())
-        return torch.empty_like(x_t)
-
-    @torch.library.register_fake("ddpm_fast::p_sample_step_")
-    def _(x_t, *args, **kwargs):
-        _require_one_device(x_t, *args, *kwargs.values())
-
-    @torch.library.register_fake("ddpm_fast::group_norm")
-    def _(x, skip, shift, weight, bias, groups, eps, silu):
-        _require_one_device(x, skip, shift, weight, bias)
-        channels = x.shape[1] + (0 if skip is None else skip.shape[1])
-        size = (x.shape[0], channels, *x.shape[2:])
-        return x.new_empty(size).to(memory_format=torch.channels_last)
-
-    @torch.library.register_fake("ddpm_fast::pack_conv2d")
-    def _(weight, dtype, winograd=False):
-        # The kernel alone knows how wide its blocks are.
-        packed = torch.float16 if winograd and dtype == torch.bfloat16 else dtype
-        return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=packed)
-
-    @torch.library.register_fake("ddpm_fast::conv2d")
-    def _(x, weight, bias, residual, out_channels, kernel_size, stride, padding, winograd=False):
-        _require_one_device(x, weight, bias, residual)
-        size = [
-            (x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)
-        ]
-        return x.new_empty((x.shape[0], out_channels, *size)).to(memory_format=torch.channels_last)
-
-    @torch.library.register_fake("ddpm_fast::upsample_conv2d")
-    def _(x, weight, bias, out_channels):
-        _require_one_device(x, weight, bias)
-        n, _, height, width = x.shape
-        size = (n, out_channels, weight.shape[0] // 2 * height, 2 * width)
-        return x.new_empty(size).to(memory_format=torch.channels_last)
-
-    @torch.library.register_fake("ddpm_fast::attention")
-    def _(query, key, value, heads):
-        _require_one_device(query, key, value)
-        return query.new_empty(query.shape).to(memory_format=torch.channels_last)
-
-    def setup_context(ctx, inputs, output):
-        _, coefficients, timesteps, *_ = inputs
-        ctx.save_for_backward(coefficients, timesteps)
-        ctx.mark_non_differentiable(output[1])
-
-    def backward(ctx, grad_x_t, grad_drawn):
-        needed = (*ctx.needs_input_grad, False)  # torch leaves an argument's default out
-        return fallback.q_sample_gradients(*ctx.saved_tensors, grad_x_t, needed)
-
-    torch.library.register_autograd("ddpm_fast::q_sample", backward, setup_context=setup_context)
-
-
 if is_available():
-    _register()
+    fakes.register()
