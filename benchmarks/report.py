@@ -116,6 +116,48 @@ def precision() -> str:
     )
 
 
+def digits() -> str:
+    """The shipped model's in either dtype, from the same noise, as judge_digits.py finds them."""
+    found = {dtype: _read(f"digits_{dtype}") for dtype in ("float32", "bfloat16")}
+    if None in found.values():
+        return ""
+    rows = [
+        f"{dtype} {100 * f['recognised']:.1f} % recognised, Frechet distance {f['frechet']:.2f}"
+        for dtype, f in ((dtype, document["figures"]) for dtype, document in found.items())
+    ]
+    document = found["float32"]
+    figures = document["figures"]
+    return (
+        f"{figures['num_frechet']} digits in {figures['steps']} steps of the same noise, as a "
+        f"classifier of MNIST judges them: {'; '.join(rows)}. {_where(document)}.\n"
+    )
+
+
+OWN, THEIRS = "ddpm_fast float32", "diffusers float32 channels_last"
+LEVELS = {"avx512": "ONEDNN_MAX_CPU_ISA=AVX512_CORE", "avx2": "ONEDNN_MAX_CPU_ISA=AVX2"}
+
+
+def lower_levels() -> str:
+    """float32 against diffusers, of CPUs that have no more than a level, as this one was told."""
+    lines = []
+    for level, variable in LEVELS.items():
+        document = _read(f"peers_{level}_cifar10")
+        if document is None:
+            continue
+        cells = []
+        for batch, row in document["figures"]["batches"].items():
+            own, theirs = (row[name]["median"] for name in (OWN, THEIRS))
+            cells.append(f"{own:.1f} ms at batch {batch} ({theirs / own:.2f}x)")
+        lines.append(f"- `{variable}`: {', '.join(cells)}. {_where(document)}.")
+    if not lines:
+        return ""
+    head = (
+        f"{TITLES['cifar10']} in float32 on a CPU held to fewer instructions (for AVX2 also ours and "
+        f"torch's); in brackets, how many times as long diffusers float32 channels_last takes:"
+    )
+    return "\n".join([head, "", *lines, ""])
+
+
 def sampling() -> str:
     document = _read("sampling")
     if document is None:
@@ -284,9 +326,11 @@ def main() -> None:
         t
         for t in (
             *map(peers, TITLES),
+            lower_levels(),
             peer_diffusers(),
             accelerated(),
             precision(),
+            digits(),
             sampling(),
             captured(),
             ops(),
