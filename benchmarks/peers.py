@@ -27,6 +27,7 @@ from networks import MODELS, TIMESTEPS, flop_of, inputs
 from torch import Tensor, nn
 
 from ddpm_fast.checkpoint import Model
+from ddpm_fast.fused import is_packable
 from ddpm_fast.inference import prepare
 
 CPU = torch.device("cpu")
@@ -177,16 +178,16 @@ def measure(model_name: str, names: list[str], batch_sizes: list[int], count: in
         row["error"] = float((call().float() - want).norm() / want.norm())
     for batch_size in batch_sizes:
         calls = {name: engine(*inputs(model, batch_size)) for name, engine in made.items()}
-        for dtype in (F32, BF16):
+        for dtype in filter(is_packable, (F32, BF16)):
             calls[f"ceiling {str(dtype).removeprefix('torch.')}"] = ceiling(dtype)
         few = max(3, count // 2) if batch_size > 16 else count
         row = figures["batches"][str(batch_size)] = rounds(calls, few)
         for name, taken in row.items():
             kind = "float32" if "float32" in name else "bfloat16"
             speed = CEILING_FLOP / row[f"ceiling {kind}"]["median"]
-            taken["share"] = work * batch_size / taken["median"] / speed
+            if name in made:
+                taken["share"] = work * batch_size / taken["median"] / speed
             print(f"{model_name} {batch_size:3} {name:34} {taken['median']:9.2f} ms", flush=True)
-        del row["ceiling float32"]["share"], row["ceiling bfloat16"]["share"]
     return figures
 
 

@@ -152,8 +152,8 @@ def lower_levels() -> str:
     if not lines:
         return ""
     head = (
-        f"{TITLES['cifar10']} in float32 on a CPU held to fewer instructions (for AVX2 also ours and "
-        f"torch's); in brackets, how many times as long diffusers float32 channels_last takes:"
+        f"{TITLES['cifar10']} in float32 on a CPU held to fewer instructions (for AVX2 also ours "
+        f"and torch's); in brackets, how many times as long diffusers float32 channels_last takes:"
     )
     return "\n".join([head, "", *lines, ""])
 
