@@ -5,8 +5,6 @@
 namespace ddpm_fast {
 namespace {
 
-constexpr int64_t kGrainProducts = 500'000;  // that are worth a thread
-
 // (N, C, H, W) like `like`, whose channels are neighbours and whose pixels lie at one stride.
 AttentionInput input_of(const char* name, const Tensor& t, const Tensor& like) {
   require_dtype(name, t, like.scalar_type());

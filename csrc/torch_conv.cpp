@@ -10,8 +10,7 @@ namespace {
 
 using Pair = std::vector<int64_t>;
 
-constexpr int64_t kMostTaps = 1 << 10;       // along a side
-constexpr int64_t kGrainProducts = 500'000;  // that are worth a thread
+constexpr int64_t kMostTaps = 1 << 10;  // along a side
 
 const ConvKernels& kernels_for(ScalarType dtype, bool winograd) {
   const bool is_bfloat16 = dtype == ScalarType::BFloat16;
@@ -193,16 +192,14 @@ Tensor upsample_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int6
   args.out_pixel = 2 * out_channels;
   args.out_row = rows * width * out_channels;
   args.out_sample = height * width * out_channels;
-  const auto at = [&](void* first, int64_t elements) {
-    return static_cast<char*>(first) + elements * x.element_size();
-  };
+  const int64_t bytes = x.element_size();
   std::vector<ConvArgs> layers;
   for (int64_t phase = 0; phase < phases; ++phase) {
     const int64_t row = phase / 2, column = phase % 2;
     shape.padding[0] = rows - 1 - row;
     shape.padding[1] = 1 - column;
-    args.weight = at(weight.mutable_data_ptr(), phase * weight.size(1));
-    args.out = at(out.mutable_data_ptr(), (row * width + column) * out_channels);
+    args.weight = read<char>(weight) + phase * weight.size(1) * bytes;
+    args.out = write<char>(out) + (row * width + column) * out_channels * bytes;
     layers.push_back(args);
   }
   run(kernel, layers);

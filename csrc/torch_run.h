@@ -1,9 +1,9 @@
-// Running a kernel on a tensor's device.
+// Running a kernel on a tensor's device, or on the CPU's cores.
 #pragma once
 
 #include <atomic>
+#include <memory>
 #include <new>
-#include <vector>
 
 #include "cpu_run.h"
 #include "torch_checks.h"
@@ -26,21 +26,32 @@ inline constexpr auto torch_threads = [](int64_t chunks, const auto& body) {
   torch::stable::parallel_for(0, chunks, kGrain, body);
 };
 
+constexpr int64_t kGrainProducts = 500'000;  // of a convolution's kind, that are worth a thread
+
+struct alignas(64) Line {
+  char bytes[64];
+};
+
 // Torch's threads, each with `bytes` of memory, which it keeps: a large allocation's pages would
 // cost more than a small layer.
 template <class Body>
 void run_with_memory(int64_t units, int64_t grain, int64_t bytes, const Body& body) {
-  const size_t words = static_cast<size_t>(bytes + 7) / 8;
+  const int64_t wanted = (bytes + int64_t{sizeof(Line)} - 1) / int64_t{sizeof(Line)};
   std::atomic<bool> is_missing{false};
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<uint64_t> memory;
-    try {
-      if (memory.size() < words) memory.resize(words);
-    } catch (const std::bad_alloc&) {
-      is_missing = true;
-      return;
+    static thread_local std::unique_ptr<Line[]> memory;
+    static thread_local int64_t lines = 0;
+    if (lines < wanted) {
+      lines = 0;
+      memory.reset();
+      memory.reset(new (std::nothrow) Line[wanted]);
+      if (memory == nullptr) {
+        is_missing = true;
+        return;
+      }
+      lines = wanted;
     }
-    body(begin, end, memory.data());
+    body(begin, end, memory.get());
   });
   require(!is_missing, "there is not enough memory: each thread needs ", bytes, " bytes.");
 }

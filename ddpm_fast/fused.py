@@ -47,15 +47,20 @@ class Layer(nn.Module):
     """A module whose parts are found and called as any object's are.
 
     What torch's modules do beside that takes more than a microsecond for each part and each call,
-    which is much of a small network's time.
+    which is much of a small network's time. Its own hooks are called, torch's global ones not.
     """
 
     packing: tuple[torch.dtype, str | None, int] | None = None  # of its own packed weights
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop(name, None)
         super().__setattr__(name, value)
         if isinstance(value, nn.Module):
             self.__dict__[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self.__dict__.pop(name, None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -9,7 +9,7 @@ namespace ddpm_fast {
 namespace {
 
 constexpr int kTile = 4, kSide = kTile + 2, kPlaces = kSide * kSide;
-// Bytes of the transformed input of a strip: the more, the fewer times the weights are read.
+// Bytes of a strip's transformed input and sums: the more, the fewer times the weights are read.
 constexpr int64_t kWinogradBytes = int64_t{1} << 21;
 constexpr int64_t kFewestTiles = 12;  // of kA strip
 
@@ -77,7 +77,8 @@ struct WinogradLayout {
         depth((s.in_channels + D::kLanes - 1) / D::kLanes * D::kLanes),
         tiles_down((s.out_size[0] + kTile - 1) / kTile),
         tiles_across((s.out_size[1] + kTile - 1) / kTile) {
-    const int64_t fitting = kWinogradBytes / (kPlaces * depth * int64_t{sizeof(float)});
+    const int64_t fitting =
+        kWinogradBytes / (kPlaces * (depth + blocks.width) * int64_t{sizeof(float)});
     strip = fitting < kFewestTiles ? kFewestTiles : fitting;
   }
   int64_t tiles() const { return tiles_down * tiles_across; }
@@ -105,7 +106,7 @@ int64_t packed_winograd_elements(const ConvShape& shape) {
 
 // The power of two that brings `largest` near to the largest float16; 1 if it is 0 or not finite.
 inline float scale_of(double largest) {
-  if (!(largest > 0.0 && largest < 0x1p120)) return 1.0f;
+  if (!(largest > 0.0 && largest < __builtin_inf())) return 1.0f;
   int exponent;
   __builtin_frexp(largest, &exponent);
   return static_cast<float>(__builtin_ldexp(1.0, exponent < -100 ? -115 : exponent - 15));
