@@ -89,8 +89,6 @@ class FusedResBlock(Layer):
             x = self.shortcut(x)
             if skip is not None:
                 x = self.skip_shortcut(skip, x)
-        elif skip is not None:
-            x = torch.cat((x, skip), 1)
         return self.conv2(h, x)
 
 

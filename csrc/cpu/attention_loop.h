@@ -104,25 +104,7 @@ void multiply(const typename D::Element* x, int64_t pixel, int64_t rows, int64_t
   tile.stride = stride;
   for (int64_t block = 0; block < blocks.count; ++block) {
     tile.channels = channels - block * blocks.width;
-    switch (blocks.halves(block)) {
-      case 1:
-        run_tiles<D, 1>(rows, tile);
-        break;
-      case 2:
-        run_tiles<D, 2>(rows, tile);
-        break;
-      case 3:
-        run_tiles<D, 3>(rows, tile);
-        break;
-      case 4:
-        run_tiles<D, 4>(rows, tile);
-        break;
-      case 6:
-        run_tiles<D, 6>(rows, tile);
-        break;
-      default:
-        run_tiles<D, 8>(rows, tile);
-    }
+    with_halves<D>(blocks.halves(block), [&]<int kHalves>() { run_tiles<D, kHalves>(rows, tile); });
     tile.weight += blocks.lanes(block) * padded_depth<D>(depth);
     tile.out += blocks.width;
   }

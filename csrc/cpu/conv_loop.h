@@ -116,6 +116,19 @@ void run_tiles(int64_t pixels, Tile<D, Out> tile) {
   }
 }
 
+// body<halves>(), of a block's half vectors.
+template <class D, class Body>
+DDPM_FAST_INLINE void with_halves(int64_t halves, const Body& body) {
+  if (halves == 1) return body.template operator()<1>();
+  if (halves == 2) return body.template operator()<2>();
+  if (halves == 3) return body.template operator()<3>();
+  if (halves == 4) return body.template operator()<4>();
+  if constexpr (D::kMostVectors > 2) {
+    if (halves == 6) return body.template operator()<6>();
+    if (halves == 8) return body.template operator()<8>();
+  }
+}
+
 // One sample's outputs of one block, from `channel` on.
 template <class D, int kHalves>
 struct ConvRun {
@@ -220,36 +233,19 @@ struct ConvRun {
   }
 };
 
-template <class D, int kHalves>
-void run_block(const ConvArgs& args, int64_t sample, int64_t channel, int64_t begin, int64_t end,
-               void* memory) {
-  const ConvRun<D, kHalves> run(args, sample, channel);
-  run.run(begin, end, static_cast<typename D::Element*>(memory));
-}
-
-using Run = void (*)(const ConvArgs&, int64_t sample, int64_t channel, int64_t begin, int64_t end,
-                     void* memory);
-
-template <class D, int kHalves>
-constexpr Run run_of() {
-  if constexpr (kHalves <= 2 * D::kMostVectors) return run_block<D, kHalves>;
-  return nullptr;  // no block is so wide
-}
-
 // The range is in pixels of the output: of all samples of a block, then of the next block.
 template <class D>
 void conv2d(const ConvArgs& args, int64_t begin, int64_t end, void* memory) {
-  // By a block's half vectors.
-  constexpr Run kRuns[] = {nullptr, run_of<D, 1>(), run_of<D, 2>(), run_of<D, 3>(), run_of<D, 4>(),
-                           nullptr, run_of<D, 6>(), nullptr,        run_of<D, 8>()};
   const ConvBlocks<D> blocks(args.shape.out_channels);
   const int64_t pixels = args.shape.out_size[0] * args.shape.out_size[1];
   while (begin < end) {
     const int64_t run = begin / pixels, first = begin - run * pixels;
     const int64_t last = end - run * pixels < pixels ? end - run * pixels : pixels;
     const int64_t block = run / args.samples;
-    kRuns[blocks.halves(block)](args, run % args.samples, block * blocks.width, first, last,
-                                memory);
+    with_halves<D>(blocks.halves(block), [&]<int kHalves>() {
+      ConvRun<D, kHalves>(args, run % args.samples, block * blocks.width)
+          .run(first, last, static_cast<typename D::Element*>(memory));
+    });
     begin = run * pixels + last;
   }
 }

@@ -41,13 +41,9 @@ struct WinogradRun {
     for (int64_t i = begin; i < end; ++i) transform_tile(first + i, input + i * layout.depth);
   }
   void run_block(int64_t block, int64_t first, int64_t begin, int64_t end) const {
-    using Products = void (*)(const WinogradRun&, int64_t block, int64_t begin, int64_t end);
-    // By the block's half vectors.
-    constexpr Products kProducts[] = {nullptr,         add_products<1>, add_products<2>,
-                                      add_products<3>, add_products<4>, nullptr,
-                                      add_products<6>, nullptr,         add_products<8>};
     if (begin == end) return;
-    kProducts[layout.blocks.halves(block)](*this, block, begin, end);
+    with_halves<D>(layout.blocks.halves(block),
+                   [&]<int kHalves>() { add_products<kHalves>(block, begin, end); });
     for (int64_t i = begin; i < end; ++i)
       finish_tile(first + i, sums + i * layout.blocks.width, block);
   }
@@ -100,23 +96,20 @@ struct WinogradRun {
   }
 
   template <int kHalves>
-  static void add_products(const WinogradRun& run, int64_t block, int64_t begin, int64_t end) {
-    if constexpr (kHalves <= 2 * D::kMostVectors) {
-      constexpr int64_t kBlockLanes = kHalves * D::kLanes / 2;
-      const WinogradLayout<D>& layout = run.layout;
-      const Stored* weight = run.block_of(block) + layout.scales(kBlockLanes);
-      Tile<D> tile{};
-      tile.pixel = layout.depth;
-      tile.rows = 1;
-      tile.steps = run.args.shape.in_channels;
-      tile.stride = layout.blocks.width;
-      tile.channels = kBlockLanes;
-      for (int p = 0; p < kPlaces; ++p) {
-        tile.weight = weight + p * layout.weight_place(kBlockLanes);
-        tile.x = run.input + p * layout.input_place() + begin * tile.pixel;
-        tile.out = run.sums + p * layout.sums_place() + begin * tile.stride;
-        run_tiles<D, kHalves>(end - begin, tile);
-      }
+  void add_products(int64_t block, int64_t begin, int64_t end) const {
+    constexpr int64_t kBlockLanes = kHalves * D::kLanes / 2;
+    const Stored* weight = block_of(block) + layout.scales(kBlockLanes);
+    Tile<D> tile{};
+    tile.pixel = layout.depth;
+    tile.rows = 1;
+    tile.steps = args.shape.in_channels;
+    tile.stride = layout.blocks.width;
+    tile.channels = kBlockLanes;
+    for (int p = 0; p < kPlaces; ++p) {
+      tile.weight = weight + p * layout.weight_place(kBlockLanes);
+      tile.x = input + p * layout.input_place() + begin * tile.pixel;
+      tile.out = sums + p * layout.sums_place() + begin * tile.stride;
+      run_tiles<D, kHalves>(end - begin, tile);
     }
   }
 
