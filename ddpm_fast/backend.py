@@ -92,10 +92,11 @@ def triton_obstacle() -> str:
 
 
 def _triton(device: torch.device) -> tuple[bool, str]:
-    if device.type != "cuda":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU
+    if device.type != "cuda" and not interpreted:
         return False, f"the tensors are on {device.type}"
     obstacle = triton_obstacle()
-    return not obstacle, obstacle or "Triton kernels"
+    return not obstacle, obstacle or "Triton kernels" + ", interpreted" * interpreted
 
 
 def unproven(name: str) -> str:

@@ -17,7 +17,7 @@ from .memory import require, separate, writable
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _shape(t: Tensor) -> str:
+def shape_text(t: Tensor) -> str:
     return f"({', '.join(map(str, t.shape))})"
 
 
@@ -55,7 +55,8 @@ def like_state(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
     require_device(name, t, like)
     require(
         t.shape == like.shape,
-        f"{name} must have the shape of {like_name}, {_shape(like)}, but it is {_shape(t)}.",
+        f"{name} must have the shape of {like_name}, {shape_text(like)}, but it is"
+        f" {shape_text(t)}.",
     )
 
 
@@ -65,7 +66,7 @@ def per_sample(name: str, t: Tensor, samples: int, like: Tensor) -> Tensor:
     require_device(name, t, like)
     require(
         t.shape == (samples,),
-        f"{name} must have the shape ({samples},), one per sample, but it is {_shape(t)}.",
+        f"{name} must have the shape ({samples},), one per sample, but it is {shape_text(t)}.",
     )
     return t.contiguous()
 
@@ -76,7 +77,7 @@ def table(name: str, t: Tensor, dtype: torch.dtype, columns: int, like: Tensor) 
     require_device(name, t, like)
     require(
         t.ndim == 2 and t.shape[1] == columns,
-        f"{name} must have the shape (rows, {columns}), but it is {_shape(t)}.",
+        f"{name} must have the shape (rows, {columns}), but it is {shape_text(t)}.",
     )
     return t.contiguous()
 
@@ -98,8 +99,8 @@ def _model_output(x_t: Tensor, model_output: Tensor, guided: bool) -> None:
     )
     require(
         same,
-        f"model_output must have the shape of x_t, {_shape(x_t)}{_twice(guided)}, and C or 2 C"
-        f" channels, but it is {_shape(model_output)}.",
+        f"model_output must have the shape of x_t, {shape_text(x_t)}{_twice(guided)}, and C or 2 C"
+        f" channels, but it is {shape_text(model_output)}.",
     )
 
 
@@ -119,14 +120,14 @@ def _optional(
         require_device("guidance_scale", guidance_scale, x_t)
         require(
             guidance_scale.numel() == 1,
-            f"guidance_scale must have one element, but it is {_shape(guidance_scale)}.",
+            f"guidance_scale must have one element, but it is {shape_text(guidance_scale)}.",
         )
     if status is not None:
         require_dtype("status", status, torch.int32)
         require_device("status", status, x_t)
         require(
             status.shape == (4,) and status.is_contiguous(),
-            f"status must be contiguous, of shape (4,), but it is {_shape(status)}.",
+            f"status must be contiguous, of shape (4,), but it is {shape_text(status)}.",
         )
     if next_input is not None:
         require_dtype("next_input", next_input, *MODEL_DTYPES)
@@ -134,8 +135,8 @@ def _optional(
         guided = guidance_scale is not None
         require(
             next_input.shape == (len(x_t) * (2 if guided else 1), *x_t.shape[1:]),
-            f"next_input must have the shape of x_t, {_shape(x_t)}{_twice(guided)}, but it is"
-            f" {_shape(next_input)}.",
+            f"next_input must have the shape of x_t, {shape_text(x_t)}{_twice(guided)}, but it is"
+            f" {shape_text(next_input)}.",
         )
 
 
@@ -143,7 +144,7 @@ def randn(
     seed: Tensor, sample_index: Tensor, shape: Sequence[int], step: int, stream: int
 ) -> tuple[Tensor, Tensor]:
     """(seed, sample_index), contiguous."""
-    require(seed.ndim == 1, f"seed must have the shape (N,), but it is {_shape(seed)}.")
+    require(seed.ndim == 1, f"seed must have the shape (N,), but it is {shape_text(seed)}.")
     keys = (("seed", seed), ("sample_index", sample_index))
     seed, sample_index = (per_sample(name, t, len(seed), seed) for name, t in keys)
     for name, value, bits in (("step", step, 20), ("stream", stream, 12)):
@@ -193,7 +194,7 @@ def p_sample_step(
 ) -> tuple[Tensor, ...]:
     """(coefficients, index, row, seed, sample_index), contiguous."""
     require_dtype("x_t", x_t, torch.float32)
-    require(x_t.ndim >= 2, f"x_t must have the shape (N, C, ...), but it is {_shape(x_t)}.")
+    require(x_t.ndim >= 2, f"x_t must have the shape (N, C, ...), but it is {shape_text(x_t)}.")
     require_elements(x_t.shape[1:].numel())
     _model_output(x_t, model_output, guidance_scale is not None)
     coefficients = table("coefficients", coefficients, torch.float32, 16, x_t)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import checks, layer_checks, moments
 from . import noise as contract
 from .backend import is_available
 
@@ -147,3 +147,31 @@ def group_norm(
     h = F.group_norm(h, groups, eps=eps) * per_channel(weight) + per_channel(bias)
     h = (F.silu(h) if silu else h).to(x.dtype)
     return h.contiguous(memory_format=torch.channels_last)
+
+
+def finish_conv2d(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, phases: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    n, channels, height, width = layer_checks.finish_conv2d(x, bias, residual, phases)
+    rows, columns = phases
+    h = x.float().unflatten(1, (rows, columns, channels))
+    y = h.new_empty(n, channels, height, width)
+    for i in range(rows):
+        for j in range(columns):
+            phase = h[:, i, j, :, i : i + height // rows, j : j + width // columns]
+            y[:, :, i::rows, j::columns] = phase
+    if bias is not None:
+        y = y + bias[:, None, None]
+    if residual is not None:
+        y = y + residual.float()
+    y = y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return y, moments.of(y)
+
+
+def table_rows(table: Tensor, known: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    layer_checks.table_rows(table, known, t, labels)
+    same = known[None] == t.float()[:, None]
+    place = same.int().argmax(1)
+    if labels is not None:
+        place = place + labels * len(known)
+    return torch.where(same.any(1)[:, None], table[place], torch.nan)

@@ -1,6 +1,7 @@
-"""The layers of a prepared U-Net: convolutions of packed weights, and normalisation in one kernel.
+"""The layers of a U-Net prepared for a CPU: convolutions of packed weights, fused normalisation.
 
-Tensors are (N, C, H, W) in channels_last order, float32 or bfloat16; series have H = 1.
+`CpuLayers` makes them of trained ones; fused_cuda.py has the same for a GPU. Tensors are
+(N, C, H, W) in channels_last order, float32 or bfloat16; series have H = 1.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backend, ops
+from .time_table import TimeTable
+from .unet import UNet
 
 Size = tuple[int, int]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -21,6 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # many, are read for too little.
 FEWEST_CHANNELS = {torch.float32: 16, torch.bfloat16: 64}
 FEWEST_PIXELS = 49
+LONGEST_SCORES = 512  # positions up to which torch's attention keeps its scores whole
 PACKING = 2  # one more with each change of what `ops.pack_conv2d` makes
 _onednn = torch.ops.mkldnn
 
@@ -41,6 +45,11 @@ def as_image(weight: Tensor) -> Tensor:
     """A convolution's weight (O, I, [kH,] kW) as (O, I, kH, kW), in float32."""
     weight = weight.detach().float()
     return weight if weight.ndim == 4 else weight.unsqueeze(2)
+
+
+def as_pair(values: Sequence[int], missing: int) -> Size:
+    """A convolution's padding or stride as that of (height, width)."""
+    return (missing,) * (2 - len(values)) + tuple(values)
 
 
 class Layer(nn.Module):
@@ -148,6 +157,23 @@ class Conv(Layer):
         )
 
 
+def phases(weight: Tensor) -> tuple[list[Tensor], Size]:
+    """Of a convolution's weight with 3 taps, (O, I, 3, 3) or (O, I, 1, 3), after nearest-neighbour
+    doubling: the weights of 2 taps that make each phase of the result, and the phases by
+    dimension. See `ops.upsample_conv2d`."""
+    weights = [weight]
+    for dim in (2, 3):
+        if weight.shape[dim] == 3:
+            weights = [part for w in weights for part in _two_taps(w, dim)]
+    height, width = (2 if taps == 3 else 1 for taps in weight.shape[2:])
+    return weights, (height, width)
+
+
+def _two_taps(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    first, middle, last = weight.unbind(dim)
+    return torch.stack((first, middle + last), dim), torch.stack((first + middle, last), dim)
+
+
 class UpsampleConv(Layer):
     """Nearest-neighbour doubling and a convolution with 3 taps: see `ops.upsample_conv2d`.
 
@@ -158,12 +184,7 @@ class UpsampleConv(Layer):
 
     def __init__(self, conv: nn.Module, dtype: torch.dtype, size: Size, bias: bool = True) -> None:
         super().__init__()
-        weight = as_image(conv.weight)
-        self.factors = tuple(2 if taps == 3 else 1 for taps in weight.shape[2:])
-        weights = [weight]
-        for dim in (2, 3):
-            if weight.shape[dim] == 3:
-                weights = [part for w in weights for part in self._two_taps(w, dim)]
+        weights, self.factors = phases(as_image(conv.weight))
         self.shape = tuple(weights[0].shape)
         self.is_own = ops.is_conv2d_fastest(dtype)
         if self.is_own:
@@ -174,14 +195,6 @@ class UpsampleConv(Layer):
             biases = conv.bias.repeat(len(weights)) if bias else None
             padding = tuple(factor - 1 for factor in self.factors)
             self.conv = Conv(torch.cat(weights), biases, dtype, size, padding)
-
-    @staticmethod
-    def _two_taps(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        first, middle, last = weight.unbind(dim)
-        return (
-            torch.stack((first, middle + last), dim),
-            torch.stack((first + middle, last), dim),
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_own:
@@ -216,3 +229,88 @@ class Norm(Layer):
         """Of x, whose channels `skip`'s follow, plus shift; affine: other weights and biases."""
         weight, bias = affine or (self.weight, self.bias)
         return ops.group_norm(x, skip, shift, weight, bias, self.groups, self.eps, self.silu)
+
+
+class Shortcut(Layer):
+    """A projection (O, I, 1, 1) of an input that comes in one part, x, or two, x and skip."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, dtype: torch.dtype, size: Size, skip_channels: int
+    ) -> None:
+        super().__init__()
+        channels = weight.shape[1] - skip_channels
+        self.of_x = Conv(weight[:, :channels], bias, dtype, size)
+        skip_weight = weight[:, channels:]
+        self.of_skip = Conv(skip_weight, None, dtype, size) if skip_channels else None
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        h = self.of_x(x)
+        return h if skip is None else self.of_skip(skip, h)
+
+
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """(N, heads * C, H, W) as (N, heads, H * W, C); a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def image_of(x: Tensor, size: Size) -> Tensor:
+    """(N, heads, H * W, C) as (N, heads * C, H, W)."""
+    return x.transpose(1, 2).flatten(2).unflatten(1, size).permute(0, 3, 1, 2)
+
+
+class Attend(Layer):
+    """See `ops.attention`; torch's where that is not the fastest."""
+
+    def __init__(self, heads: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads, self.is_own = heads, ops.is_attention_fastest(dtype)
+        self.is_fused = self.is_own or heads == 1
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.is_own:
+            return ops.attention(query, key, value, self.heads)
+        q, k, v = (heads_of(x, self.heads) for x in (query, key, value))
+        if self.heads > 1 or q.shape[2] > LONGEST_SCORES:
+            h = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        else:
+            h = torch.bmm(torch.bmm(q[:, 0], k[:, 0].mT).softmax(-1), v[:, 0]).unsqueeze(1)
+        return image_of(h, query.shape[2:])
+
+
+class CpuLayers:
+    """Makes the layers of a network for a CPU of trained ones.
+
+    Args:
+        dtype: of the activations and the packed weights, one of DTYPES.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def time_table(self, unet: UNet) -> TimeTable:
+        return TimeTable(unet)
+
+    def conv(self, conv: nn.Module, size: Size, bias: bool = True) -> Conv:
+        """A convolution of one dimension or two."""
+        padding, stride = as_pair(conv.padding, 0), as_pair(conv.stride, 1)
+        weight, bias = as_image(conv.weight), conv.bias if bias else None
+        return Conv(weight, bias, self.dtype, size, padding, stride)
+
+    def upsample(self, conv: nn.Module, size: Size, bias: bool = True) -> UpsampleConv:
+        """A convolution that follows nearest-neighbour doubling."""
+        return UpsampleConv(conv, self.dtype, size, bias)
+
+    def projection(self, weight: Tensor, bias: Tensor, size: Size) -> Conv:
+        """weight: (O, I)."""
+        return Conv(weight[..., None, None], bias, self.dtype, size)
+
+    def shortcut(self, conv: nn.Module, size: Size, skip_channels: int) -> Shortcut:
+        return Shortcut(as_image(conv.weight), conv.bias, self.dtype, size, skip_channels)
+
+    def norm(self, norm: nn.GroupNorm, silu: bool = True) -> Norm:
+        return Norm(norm, silu)
+
+    def attend(self, heads: int) -> Attend:
+        return Attend(heads, self.dtype)

@@ -12,19 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
-from .fused import Conv, Layer, Norm, Size, UpsampleConv, as_image
+from .fused import CpuLayers, Layer, Size, as_image
+from .fused_cuda import GpuLayers
+from .moments import Features, tensor
 from .time_table import TimeTable
 from .unet import Attention, Downsample, ResBlock, Stage, Upsample
 
-LONGEST_SCORES = 512  # positions up to which torch's attention keeps its scores whole
-
-
-def packed(conv: nn.Module, dtype: torch.dtype, size: Size, bias: bool = True) -> Conv:
-    """A trained convolution, of one dimension or two, as a `Conv`."""
-    missing = 2 - len(conv.padding)
-    padding, stride = (0,) * missing + conv.padding, (1,) * missing + conv.stride
-    return Conv(as_image(conv.weight), conv.bias if bias else None, dtype, size, padding, stride)
+Layers = CpuLayers | GpuLayers
+Activation = Tensor | Features  # what layers give each other
 
 
 class FusedResBlock(Layer):
@@ -34,7 +29,7 @@ class FusedResBlock(Layer):
         self,
         block: ResBlock,
         table: TimeTable,
-        dtype: torch.dtype,
+        layers: Layers,
         size: Size,
         skip_channels: int = 0,
     ) -> None:
@@ -43,21 +38,15 @@ class FusedResBlock(Layer):
         self.resample, self.scale_shift = block.resample, block.scale_shift
         self.is_fused = self.resample is None
         self.factors = (1,) * (2 - dims) + (2,) * dims
-        self.norm1, self.norm2 = Norm(block.norm1), Norm(block.norm2)
+        self.norm1, self.norm2 = layers.norm(block.norm1), layers.norm(block.norm2)
         self.column = self._tabulate(block, table)
-        bias = self.scale_shift  # otherwise it is in the table
-        if block.resample == "up":
-            self.conv1 = UpsampleConv(block.conv1, dtype, size, bias)
-        else:
-            self.conv1 = packed(block.conv1, dtype, size, bias)
-        self.conv2 = packed(block.conv2, dtype, size)
-        self.shortcut = self.skip_shortcut = None
-        if not isinstance(block.shortcut, nn.Identity):
-            weight, bias = as_image(block.shortcut.weight), block.shortcut.bias
-            channels = weight.shape[1] - skip_channels
-            self.shortcut = Conv(weight[:, :channels], bias, dtype, size)
-            if skip_channels:
-                self.skip_shortcut = Conv(weight[:, channels:], None, dtype, size)
+        # The first convolution's bias is added by the second norm.
+        self.shift = block.conv1.bias.detach().float().clone() if self.scale_shift else None
+        first = layers.upsample if block.resample == "up" else layers.conv
+        self.conv1 = first(block.conv1, size, bias=False)
+        self.conv2 = layers.conv(block.conv2, size)
+        changes = not isinstance(block.shortcut, nn.Identity)
+        self.shortcut = layers.shortcut(block.shortcut, size, skip_channels) if changes else None
 
     def _tabulate(self, block: ResBlock, table: TimeTable) -> int:
         """What is added before the second norm, or the weight and bias that it takes."""
@@ -71,30 +60,25 @@ class FusedResBlock(Layer):
             torch.cat((norm_weight * (1 + scale_bias), norm_bias * (1 + scale_bias) + shift_bias)),
         )
 
-    def _resampled(self, x: Tensor) -> Tensor:
+    def _resampled(self, x: Activation) -> Tensor:
+        x = tensor(x)
         if self.resample == "down":
             return F.avg_pool2d(x, self.factors)
         factors = [float(factor) for factor in self.factors]
         return F.interpolate(x, scale_factor=factors, mode="nearest")
 
-    def forward(self, x: Tensor, skip: Tensor | None, rows: Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Activation, skip: Activation | None, rows: Sequence[Tensor]) -> Activation:
         h = self.norm1(x, skip)
         if self.resample == "down":
             h = self._resampled(h)
         h, row = self.conv1(h), rows[self.column]
-        h = self.norm2(h, affine=row.chunk(2, 1)) if self.scale_shift else self.norm2(h, shift=row)
+        if self.scale_shift:
+            h = self.norm2(h, shift=self.shift, affine=row.chunk(2, 1))
+        else:
+            h = self.norm2(h, shift=row)
         if self.resample:
             x = self._resampled(x)
-        if self.shortcut is not None:
-            x = self.shortcut(x)
-            if skip is not None:
-                x = self.skip_shortcut(skip, x)
-        return self.conv2(h, x)
-
-
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """(N, heads * C, H, W) as (N, heads, H * W, C); a view."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2)
+        return self.conv2(h, x if self.shortcut is None else self.shortcut(x, skip))
 
 
 class FusedAttention(Layer):
@@ -104,13 +88,14 @@ class FusedAttention(Layer):
     the softmax does not see. Its weights have the sum 1, so Wo may come before them.
     """
 
-    def __init__(self, attention: Attention, dtype: torch.dtype, size: Size) -> None:
+    def __init__(self, attention: Attention, layers: Layers, size: Size) -> None:
         super().__init__()
         normalised = isinstance(attention.norm, nn.GroupNorm)
-        self.norm = Norm(attention.norm, silu=False) if normalised else nn.Identity()
+        self.norm = layers.norm(attention.norm, silu=False) if normalised else nn.Identity()
         self.heads = attention.heads
         weight, bias = as_image(attention.qkv.weight), attention.qkv.bias.detach().float()
         out, out_bias = as_image(attention.proj.weight), attention.proj.bias.detach().float()
+        out = out.flatten(1)
         if attention.order == "heads":
             weight, bias = (
                 v.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
@@ -120,31 +105,20 @@ class FusedAttention(Layer):
         q_bias, k_bias, v_bias = bias.double().chunk(3)
         scale = math.sqrt(self.heads / len(q))
         if self.heads == 1:
-            o = out.flatten(1).double()
+            o = out.double()
             weight, bias = scale * k.T @ q, scale * k.T @ q_bias
-            out, out_bias = (o @ v)[..., None, None], o @ v_bias + out_bias
+            out, out_bias = o @ v, o @ v_bias + out_bias
         else:
             weight, bias = torch.cat((scale * q, k, v)), torch.cat((scale * q_bias, k_bias, v_bias))
-        self.project = Conv(weight[..., None, None], bias, dtype, size)
-        self.out = Conv(out, out_bias, dtype, size)
-        self.is_own = ops.is_attention_fastest(dtype)
-        self.is_fused = self.is_own or self.heads == 1
+        self.project = layers.projection(weight, bias, size)
+        self.attend = layers.attend(self.heads)
+        self.out = layers.projection(out, out_bias, size)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self.is_own:
-            return ops.attention(query, key, value, self.heads)
-        q, k, v = (_heads(x, self.heads) for x in (query, key, value))
-        if self.heads > 1 or q.shape[2] > LONGEST_SCORES:
-            h = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        else:
-            h = torch.bmm(torch.bmm(q[:, 0], k[:, 0].mT).softmax(-1), v[:, 0]).unsqueeze(1)
-        return h.transpose(1, 2).flatten(2).unflatten(1, query.shape[2:]).permute(0, 3, 1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activation) -> Activation:
         normed = self.norm(x)
         projected = self.project(normed)
         inputs = (projected, normed, normed) if self.heads == 1 else projected.chunk(3, 1)
-        return self.out(self._attend(*inputs), x)
+        return self.out(self.attend(*inputs), x)
 
 
 class FusedStage(Layer):
@@ -154,16 +128,16 @@ class FusedStage(Layer):
         self,
         stage: Stage,
         table: TimeTable,
-        dtype: torch.dtype,
+        layers: Layers,
         size: Size,
         skip_channels: int = 0,
     ) -> None:
         super().__init__()
-        self.block = FusedResBlock(stage.block, table, dtype, size, skip_channels)
+        self.block = FusedResBlock(stage.block, table, layers, size, skip_channels)
         attention = stage.attention
-        self.attention = None if attention is None else FusedAttention(attention, dtype, size)
+        self.attention = None if attention is None else FusedAttention(attention, layers, size)
 
-    def forward(self, x: Tensor, skip: Tensor | None, rows: Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Activation, skip: Activation | None, rows: Sequence[Tensor]) -> Activation:
         x = self.block(x, skip, rows)
         return x if self.attention is None else self.attention(x)
 
@@ -171,11 +145,11 @@ class FusedStage(Layer):
 class FusedResampler(Layer):
     """See `unet.Downsample` and `unet.Upsample`."""
 
-    def __init__(self, layer: Downsample | Upsample, dtype: torch.dtype, size: Size) -> None:
+    def __init__(self, layer: Downsample | Upsample, layers: Layers, size: Size) -> None:
         super().__init__()
         is_up = isinstance(layer, Upsample)
         self.pad = () if is_up else layer.pad
-        self.conv = (UpsampleConv if is_up else packed)(layer.conv, dtype, size)
+        self.conv = (layers.upsample if is_up else layers.conv)(layer.conv, size)
 
-    def forward(self, x: Tensor, skip: None, rows: Sequence[Tensor]) -> Tensor:
-        return self.conv(F.pad(x, self.pad) if self.pad else x)
+    def forward(self, x: Activation, skip: None, rows: Sequence[Tensor]) -> Activation:
+        return self.conv(F.pad(tensor(x), self.pad) if self.pad else x)

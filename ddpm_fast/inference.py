@@ -1,4 +1,4 @@
-"""A trained `UNet` as a network that computes the same function faster, on a CPU.
+"""A trained `UNet` as a network that computes the same function faster.
 
 Nothing is compiled: weights are packed once, what the timestep decides is tabulated, and each block
 is a few calls of fused operators. `prepare` is what the sampler calls.
@@ -12,10 +12,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .device import memory_format
-from .fused import DTYPES, Layer, Norm, Size
-from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, packed
-from .time_table import TimeTable
+from . import backend as backends
+from . import fused, fused_cuda
+from .device import memory_format, with_index
+from .fused import CpuLayers, Layer, Size
+from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, Layers
+from .fused_cuda import GpuLayers
+from .moments import tensor
 from .unet import ResBlock, Stage, UNet, check_inputs
 from .workers import is_ending, on_a_worker, workers
 
@@ -28,47 +31,42 @@ FEWEST_IN_A_GROUP = 2
 MOST_WORKERS = 8  # beyond, they would wait for Python's lock
 
 
-def _no_autocast() -> torch.autocast:
-    """A host's does not change a network whose dtypes were chosen when it was prepared."""
-    return torch.autocast("cpu", enabled=False)
-
-
 class FusedUNet(Layer):
     """Called as the `UNet` that it was made of, with x of `dtype`; it has no gradients.
 
     It can be copied and pickled, but has no parameters: keep the model's `state_dict`, not its.
 
     Args:
-        unet: on the CPU; it is copied, and may change afterwards.
-        dtype: of the activations and the packed weights, one of `fused.DTYPES`.
+        unet: on the layers' device; it is copied, and may change afterwards.
+        layers: what it is made of, for a CPU or a GPU.
     """
 
-    def __init__(self, unet: UNet, dtype: torch.dtype) -> None:
+    def __init__(self, unet: UNet, layers: Layers) -> None:
         super().__init__()
-        self.config, self.dtype = unet.config, dtype
-        self.table = TimeTable(unet)
+        self.config, self.device, self.dtype = unet.config, layers.device, layers.dtype
+        self.table = layers.time_table(unet)
         sizes = self._sizes()
         level = 0
-        self.conv_in = packed(unet.conv_in, dtype, sizes[level])
+        self.conv_in = layers.conv(unet.conv_in, sizes[level])
         skips = [unet.config.base_channels]
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for module in unet.down:
-            self.down.append(self._fused(module, sizes[level]))
+            self.down.append(self._fused(module, layers, sizes[level]))
             if isinstance(module, Stage):
                 skips.append(module.block.conv1.out_channels)
             else:
                 skips.append(skips[-1])
                 level += 1
         for module in unet.middle:
-            self.middle.append(self._fused(module, sizes[level]))
+            self.middle.append(self._fused(module, layers, sizes[level]))
         for module in unet.up:
             if isinstance(module, Stage):
-                self.up.append(self._fused(module, sizes[level], skips.pop()))
+                self.up.append(self._fused(module, layers, sizes[level], skips.pop()))
             else:
-                self.up.append(self._fused(module, sizes[level]))
+                self.up.append(self._fused(module, layers, sizes[level]))
                 level -= 1
-        self.norm_out = Norm(unet.norm_out)
-        self.conv_out = packed(unet.conv_out, dtype, sizes[0])
+        self.norm_out = layers.norm(unet.norm_out)
+        self.conv_out = layers.conv(unet.conv_out, sizes[0])
         self.eval().requires_grad_(False)
 
     def _sizes(self) -> list[Size]:
@@ -77,12 +75,18 @@ class FusedUNet(Layer):
         height, width = (1, *size) if len(size) == 1 else size
         return [(max(1, height >> level), width >> level) for level in levels]
 
-    def _fused(self, module: nn.Module, size: Size, skip_channels: int = 0) -> nn.Module:
+    def _fused(
+        self, module: nn.Module, layers: Layers, size: Size, skip_channels: int = 0
+    ) -> nn.Module:
         if isinstance(module, Stage):
-            return FusedStage(module, self.table, self.dtype, size, skip_channels)
+            return FusedStage(module, self.table, layers, size, skip_channels)
         if isinstance(module, ResBlock):
-            return FusedResBlock(module, self.table, self.dtype, size)
-        return FusedResampler(module, self.dtype, size)
+            return FusedResBlock(module, self.table, layers, size)
+        return FusedResampler(module, layers, size)
+
+    def _no_autocast(self) -> torch.autocast:
+        """A host's does not change a network whose dtypes were chosen when it was prepared."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def _run(self, x: Tensor, rows: Tensor) -> Tensor:
         parts = rows.split(self.table.widths, 1)
@@ -95,11 +99,13 @@ class FusedUNet(Layer):
             h = module(h, None, parts)
         for module in self.up:
             h = module(h, skips.pop() if isinstance(module, FusedStage) else None, parts)
-        return self.conv_out(self.norm_out(h))
+        return tensor(self.conv_out(self.norm_out(h)))
 
     def expect(self, timesteps: Sequence[float]) -> None:
-        """Tabulate these timesteps, which will be asked for; others may be too."""
-        with _no_autocast():
+        """Tabulate these timesteps, which will be asked for; others may be too, but not on a GPU
+        (see `DeviceTimeTable`).
+        """
+        with self._no_autocast():
             self.table.expect(timesteps)
 
     def _group_size(self, batch_size: int) -> int:
@@ -110,7 +116,7 @@ class FusedUNet(Layer):
         threads = torch.get_num_threads()
         height, width = self._sizes()[0]
         bytes_each = self.config.base_channels * height * width * self.dtype.itemsize
-        if threads == 1 or is_ending():
+        if self.device.type != "cpu" or threads == 1 or is_ending():
             return 0
         is_own = self.conv_in.is_own
         if not is_own and batch_size * bytes_each <= LARGEST_OF_ONE_CORE:
@@ -143,11 +149,12 @@ class FusedUNet(Layer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedUNet:
         """What `to`, `cuda`, `half` and their like call, here to be refused."""
-        moved = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
-        if (moved.device.type, moved.dtype) != ("cpu", self.dtype):
+        moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if (moved.device, moved.dtype) != (self.device, self.dtype):
             have, asked = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, moved.dtype))
+            place = "the CPU" if self.device.type == "cpu" else str(self.device)
             raise ValueError(
-                f"this network was prepared for {have} on the CPU, and can only be there: prepare"
+                f"this network was prepared for {have} on {place}, and can only be there: prepare"
                 f" the model again, for {asked} on {moved.device}"
             )
         return self
@@ -163,7 +170,7 @@ class FusedUNet(Layer):
         x = x.unsqueeze(2) if self.config.dims == 1 else x
         x = x.contiguous(memory_format=torch.channels_last)
         size = self._group_size(len(x))
-        with _no_autocast():
+        with self._no_autocast():
             rows = self.table(t, class_labels)
             out = self._run_groups(x, rows, size) if size else self._run(x, rows)
         return out.squeeze(2) if self.config.dims == 1 else out
@@ -174,20 +181,35 @@ def unfused(network: nn.Module) -> list[str]:
     return [name for name, m in network.named_modules() if not getattr(m, "is_fused", True)]
 
 
+def _layers(device: torch.device, dtype: torch.dtype, backend: str) -> Layers | None:
+    """What a prepared network is made of there; None where it cannot be."""
+    if device.type == "cpu":
+        return CpuLayers(dtype) if dtype in fused.DTYPES else None
+    name = backends.resolve_backend(device, backend)[0]
+    if name == "reference" or dtype not in fused_cuda.DTYPES or backends.triton_obstacle():
+        return None
+    return GpuLayers(device, dtype, name)
+
+
 def prepare(
     unet: nn.Module,
     device: torch.device,
     dtype: torch.dtype,
     fused: bool = True,
+    backend: str = "auto",
 ) -> nn.Module:
     """A copy of the network for sampling: on `device`, in `dtype`, without gradients.
 
-    A `UNet` on a CPU in float32 or bfloat16 becomes a `FusedUNet`, unless `fused` is False.
+    A `UNet` becomes a `FusedUNet`, unless `fused` is False: on a CPU in float32 or bfloat16, on a
+    GPU in float16 too, with the fused kernels of `backend` (see `backend.resolve_backend`; Triton
+    has those of a network also with "cuda"). With the backend "reference", a GPU's stays a `UNet`.
     """
+    device = with_index(device)
     # A subclass may compute another function.
-    if fused and type(unet) is UNet and device.type == "cpu" and dtype in DTYPES:
-        on_cpu = all(p.device == device for p in unet.parameters())
-        return FusedUNet(unet if on_cpu else copy.deepcopy(unet).to(device), dtype)
+    layers = _layers(device, dtype, backend) if fused and type(unet) is UNet else None
+    if layers is not None:
+        in_place = all(p.device == device for p in unet.parameters())
+        return FusedUNet(unet if in_place else copy.deepcopy(unet).to(device), layers)
     network = copy.deepcopy(unet).to(device, dtype).eval().requires_grad_(False)
     if any(p.ndim == 4 for p in network.parameters()):
         network.to(memory_format=memory_format(device, dtype, 4))

@@ -15,6 +15,7 @@ from . import backend, graphs, noise, ops
 from .checkpoint import SHIPPED, load_model
 from .device import DTYPES, resolve_dtype
 from .executor import WHOLE
+from .fused import CpuLayers
 from .inference import FusedUNet, unfused
 from .sampler import STEPS_PER_GRAPH
 from .unet import UNet
@@ -68,7 +69,7 @@ def _networks() -> list[tuple[str, str]]:
             lines.append((name, str(error)))
     dtype = resolve_dtype("auto", torch.device("cpu"))
     for name, unet in unets.items():
-        network = FusedUNet(unet, dtype)
+        network = FusedUNet(unet, CpuLayers(dtype))
         left = unfused(network)
         layers = sum(hasattr(module, "is_fused") for module in network.modules())
         which = f" ({', '.join(left)})" if left else ""

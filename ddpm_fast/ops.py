@@ -28,6 +28,7 @@ __all__ = [
     "BackendError",
     "attention",
     "conv2d",
+    "finish_conv2d",
     "group_norm",
     "is_attention_fastest",
     "is_available",
@@ -39,6 +40,7 @@ __all__ = [
     "q_sample",
     "randn",
     "resolve_backend",
+    "table_rows",
     "upsample_conv2d",
 ]
 
@@ -48,6 +50,12 @@ def _triton() -> ModuleType:
     from . import triton_ops
 
     return triton_ops
+
+
+def _triton_layers() -> ModuleType:
+    from . import triton_layers
+
+    return triton_layers
 
 
 def randn(
@@ -203,19 +211,74 @@ def group_norm(
     eps: float,
     silu: bool,
     *,
+    moments: tuple[Tensor | None, Tensor | None] = (None, None),
     backend: str = "auto",
 ) -> Tensor:
     """GroupNorm (Wu and He 2018, arXiv:1803.08494) of x + shift, then SiLU if `silu`.
 
-    x: (N, C, H, W), float32 or bfloat16, channels_last; with skip, likewise, its channels follow
-    x's. shift, weight, bias: float32 (C,), (1, C) or (N, C), of all channels. Sums are float32.
-    Returns (N, C, H, W) in x's dtype, channels_last. On a CPU only; no gradients. Raises
-    RuntimeError where an argument is not so, and BackendError where `backend` is not available.
+    x: (N, C, H, W), channels_last, float32 or bfloat16, on a GPU float16 too; with skip, likewise,
+    its channels follow x's. shift, weight, bias: float32 (C,), (1, C) or (N, C), of all channels.
+    Sums are float32. moments: x's and skip's, where `finish_conv2d` gave them; else a GPU makes
+    them first, and a CPU needs none. Returns (N, C, H, W) in x's dtype, channels_last. On a GPU the
+    kernels are Triton's, also with the backend "cuda". No gradients. Raises RuntimeError where an
+    argument is not so, and BackendError where `backend` is not available.
     """
     _refuse_grad("group_norm", x, skip, shift, weight, bias)
-    if resolve_backend(x.device, backend)[0] != "cpu":
-        return fallback.group_norm(x, skip, shift, weight, bias, groups, eps, silu)
-    return torch.ops.ddpm_fast.group_norm.default(x, skip, shift, weight, bias, groups, eps, silu)
+    name = resolve_backend(x.device, backend)[0]
+    settings = (x, skip, shift, weight, bias, groups, eps, silu)
+    if name == "reference":
+        return fallback.group_norm(*settings)
+    if name == "cpu":
+        return torch.ops.ddpm_fast.group_norm.default(*settings)
+    return _triton_layers().group_norm(*settings, moments)
+
+
+def finish_conv2d(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    phases: tuple[int, int] = (1, 1),
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """What follows a convolution on a GPU: (x + bias + residual, its moments), rounded once.
+
+    x: (N, C, H, W), float32, bfloat16 or float16, channels_last, which a convolution without bias
+    made. bias: float32 (C,). residual: like the result. phases: (1, 1); or (2, 2), or (1, 2) to
+    double the width alone, for an x (N, 4 C, H + 1, W + 1) or (N, 2 C, H, W + 1) whose channels are
+    the phases of a doubled image, see `upsample_conv2d`: the result is (N, C, 2 H, 2 W) or
+    (N, C, H, 2 W), and phase (i, j)'s pixel (h, w) is x's (h + i, w + j).
+    moments: float32 (N, parts, 2, C), see moments.py, for `group_norm`. No gradients. Raises
+    RuntimeError where an argument is not so, and BackendError where `backend` is not available or
+    is the CPU's, whose convolutions do this themselves.
+    """
+    _refuse_grad("finish_conv2d", x, bias, residual)
+    return _on_gpu("finish_conv2d", x, backend).finish_conv2d(x, bias, residual, phases)
+
+
+def table_rows(
+    table: Tensor,
+    known: Tensor,
+    t: Tensor,
+    labels: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """What a time table has for each sample, float32 (N, columns), without asking the host.
+
+    table: float32 (labels * timesteps, columns): for each label, a row for each timestep that is
+    `known`, float32 (timesteps,), each once. t: (N,), integers or floats. labels: int64 (N,).
+    A timestep that is not known makes NaN. Raises as `finish_conv2d`.
+    """
+    return _on_gpu("table_rows", t, backend).table_rows(table, known, t, labels)
+
+
+def _on_gpu(name: str, x: Tensor, backend: str) -> ModuleType:
+    """Whose functions serve what only a GPU's networks need."""
+    chosen = resolve_backend(x.device, backend)[0]
+    if chosen == "cpu":
+        raise BackendError(f"{name} has no kernel for a CPU: ask for the backend 'reference'.")
+    return fallback if chosen == "reference" else _triton_layers()
 
 
 def is_conv2d_fastest(dtype: torch.dtype) -> bool:

@@ -134,8 +134,10 @@ class Sampler:
         config = model.config
         device = torch.device(device or next(model.unet.parameters()).device)
         null = config.num_classes if config.null_class != "none" else None
+        wanted = settings.get("backend", "auto"), settings.get("graphs", False)
+        backend = resolve_backend(device, *wanted)[0]
         sampler = cls(
-            prepare(model.unet, device, dtype, fused),
+            prepare(model.unet, device, dtype, fused, backend),
             model.schedule,
             config.sample_shape,
             prediction_type=model.prediction_type,

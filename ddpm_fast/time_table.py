@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
 from .unet import UNet, embed
 
 MAX_VALUES = 2**24  # float32 values kept at once: 64 MiB
@@ -83,3 +84,45 @@ class TimeTable:
         keys = list(zip(t.tolist(), labels, strict=True))
         rows = {key: self._row(*key) for key in dict.fromkeys(keys)}
         return rows[keys[0]] if len(rows) == 1 else torch.cat([rows[key] for key in keys])
+
+
+class DeviceTimeTable(TimeTable):
+    """For a network on a GPU, whose host knows no timestep: nothing here waits for the device.
+
+    Once timesteps are expected, others have rows of NaN, since nobody can look; so expect all that
+    will be asked for, or none: then, and where the table would be too large, each call computes its
+    rows. Float32, but for what torch.backends.cuda.matmul allows.
+
+    Args:
+        unet: on the GPU.
+        backend: of `ops.table_rows`.
+    """
+
+    def __init__(self, unet: UNet, backend: str) -> None:
+        super().__init__(unet)
+        self.backend = backend
+        self._table: tuple[Tensor, Tensor] | None = (
+            None  # the timesteps; for each label, their rows
+        )
+
+    def _labels(self) -> list[int | None]:
+        count = self.config.num_classes
+        return [None] if count is None else [*range(count + (self.config.null_class != "none"))]
+
+    def expect(self, timesteps: Sequence[float]) -> None:
+        known = list(dict.fromkeys(timesteps))
+        values = len(self._labels()) * len(known) * len(self._bias)
+        self._table = None
+        if 0 < values <= MAX_VALUES:
+            rows = torch.cat([self._compute(known, label) for label in self._labels()])
+            self._table = self._bias.new_tensor(known), rows
+
+    def __call__(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        """The rows of t (N,) and class_labels (N,) or None."""
+        if self._table is None:
+            emb = embed(self.config, self.time_mlp, self.class_embedding, t, class_labels)
+            return F.linear(emb, self._weight, self._bias)
+        known, rows = self._table
+        if class_labels is None and self.config.num_classes is not None:
+            class_labels = torch.full_like(t, self.config.num_classes, dtype=torch.int64)
+        return ops.table_rows(rows, known, t, class_labels, backend=self.backend)

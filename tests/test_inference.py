@@ -10,7 +10,7 @@ import torch
 from unet_cases import BF16, BOUND, CPU, F32, T, error, has_fused_layers, inputs, randomized, run
 
 from ddpm_fast.checkpoint import load_model
-from ddpm_fast.fused import Layer
+from ddpm_fast.fused import CpuLayers, Layer
 from ddpm_fast.fused_blocks import FusedAttention
 from ddpm_fast.inference import FusedUNet, prepare, unfused
 from ddpm_fast.sampler import Sampler
@@ -199,9 +199,9 @@ def test_a_long_attention_keeps_no_scores(tiny_config, monkeypatch):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     x = torch.randn(2, 16, 6, 4).contiguous(memory_format=torch.channels_last)
-    fused = FusedAttention(layer, F32, (6, 4))
+    fused = FusedAttention(layer, CpuLayers(F32), (6, 4))
     whole = fused(x)
-    monkeypatch.setattr("ddpm_fast.fused_blocks.LONGEST_SCORES", 8)
+    monkeypatch.setattr("ddpm_fast.fused.LONGEST_SCORES", 8)
     monkeypatch.delattr("torch.bmm")
     for got in (whole, fused(x)):
         torch.testing.assert_close(got, layer(x), rtol=1e-4, atol=1e-4)
@@ -223,7 +223,7 @@ def test_what_is_prepared_is_a_copy(tiny_config):
 def test_what_cannot_be_fused_is_counted(extension, tiny_config, monkeypatch, has_own):
     monkeypatch.setattr("ddpm_fast.ops.is_attention_fastest", lambda dtype: has_own)
     names = unfused(prepare(UNet(tiny_config(num_heads=2, resblock_updown=True)), CPU, F32))
-    assert [name.split(".")[-1] for name in names].count("attention") == (0 if has_own else 4)
+    assert [name.split(".")[-1] for name in names].count("attend") == (0 if has_own else 4)
     assert sum(name.split(".")[-1].isdigit() for name in names) == 2  # the blocks that resample
     assert unfused(prepare(UNet(tiny_config()), CPU, F32)) == []
 
