@@ -1,12 +1,10 @@
 """A U-Net's own kernels for GPUs, in Triton: what lies between the library's convolutions.
 
 Activations are (samples, pixels, channels) without gaps: channels_last. Sums are float32. A
-normalisation takes two stages, so that one sample fills a GPU too: the first gives each channel's
-moments over a part of the pixels, the second combines those of a group and normalises. The first
-is also the last thing done to what a convolution made. `moments` is float32 (samples, parts, 2,
-channels): the mean and the sum of squared differences from it, of `part_pixels` pixels each, fewer
-in the last. Added together they lose nothing (Chan et al. 1983, "Algorithms for computing the
-sample variance", equation 2.1), and what is added to a whole channel only shifts its mean.
+normalisation takes two stages, so that one sample fills a GPU too: the first makes the moments of
+each channel over parts of the pixels (moments.py), and is also the last thing done to what a
+convolution made; the second adds up those of a group, and normalises. `part_pixels`: of a part, but
+for the last, which may have fewer.
 """
 
 from __future__ import annotations
@@ -23,7 +21,11 @@ def _of_tile(count, tiles):
     return (place // count).to(tl.int64), place % count, program % tiles
 
 
-@triton.jit
+# Compiled once for all sizes: only whether channels are multiples of 16 is worth a variant.
+SIZES = ("pixels", "width", "parts", "part_pixels", "shares", "share_pixels", "tiles", "group")
+
+
+@triton.jit(do_not_specialize=SIZES)
 def finish_kernel(
     out, moments, x, bias, residual, pixels, channels, width, parts, part_pixels, tiles,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -77,13 +79,15 @@ def finish_kernel(
 
 @triton.jit
 def _statistics(
-    moments, skip_moments, shift, sample, group, x_channels, skip_channels, pixels, parts,
-    part_pixels, GROUP: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.constexpr,
-    GROUPS: tl.constexpr,
+    moments, skip_moments, shift, sample, first, group, x_channels, skip_channels, pixels, parts,
+    part_pixels, PARTS: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """(mean, variance) of the GROUPS groups from `group` on, whose channels SPAN holds."""
+    """(mean, variance) of GROUPS groups of `group` channels, from number `first` on.
+
+    Of SPAN channels at least those of the groups that the program needs are among them.
+    """
     lane = tl.arange(0, SPAN)
-    channel = group * GROUP + lane
+    channel = first * group + lane
     part = tl.arange(0, PARTS)
     counts = tl.maximum(tl.minimum(part_pixels, pixels - part * part_pixels), 0).to(tl.float32)
     here = (part < parts)[:, None] & (channel < x_channels)[None, :]
@@ -99,9 +103,9 @@ def _statistics(
     inside = channel < x_channels + skip_channels
     if shift is not None:
         means += tl.load(shift + channel, mask=inside, other=0.0)[None, :]
-    belongs = (lane // GROUP)[None, :] == tl.arange(0, GROUPS)[:, None]
+    belongs = (lane // group)[None, :] == tl.arange(0, GROUPS)[:, None]
     belongs = belongs & inside[None, :]
-    count = tl.cast(pixels, tl.float32) * GROUP
+    count = tl.cast(pixels * group, tl.float32)
     sums = tl.sum(means * counts[:, None], 0)
     mean = tl.sum(tl.where(belongs, sums[None, :], 0.0), 1) / count
     difference = means - tl.sum(tl.where(belongs, mean[:, None], 0.0), 0)[None, :]
@@ -109,30 +113,31 @@ def _statistics(
     return mean, tl.sum(tl.where(belongs, sums[None, :], 0.0), 1) / count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def normalise_kernel(
-    out, x, skip, moments, skip_moments, shift, weight, bias, x_channels, skip_channels,
+    out, x, skip, moments, skip_moments, shift, weight, bias, x_channels, skip_channels, group,
     shift_stride, affine_stride, pixels, parts, part_pixels, shares, share_pixels, tiles, eps,
-    SILU: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    SILU: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out = group_norm((x, skip) + shift), of GROUP channels each, from the moments without shift.
+    """out = group_norm((x, skip) + shift) in groups of `group` channels; moments are without shift.
 
     shift, weight and bias: a row for each sample, or one for all with stride 0. PARTS: at least
-    `parts`. A program takes `share_pixels` pixels.
+    `parts`. SPAN, GROUPS: at least the channels and the number of the groups that a tile has a part
+    in. A program takes `share_pixels` pixels.
     """
     sample, share, tile = _of_tile(shares, tiles)
     channels = x_channels + skip_channels
-    group = tile * BLOCK_C // GROUP
+    first = tile * BLOCK_C // group
     if shift is not None:
         shift += sample * shift_stride
     mean, variance = _statistics(
-        moments, skip_moments, shift, sample, group, x_channels, skip_channels, pixels, parts,
-        part_pixels, GROUP, PARTS, SPAN, GROUPS,
+        moments, skip_moments, shift, sample, first, group, x_channels, skip_channels, pixels,
+        parts, part_pixels, PARTS, SPAN, GROUPS,
     )  # fmt: skip
     channel = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
-    belongs = (channel // GROUP - group)[None, :] == tl.arange(0, GROUPS)[:, None]
+    belongs = (channel // group - first)[None, :] == tl.arange(0, GROUPS)[:, None]
     mean = tl.sum(tl.where(belongs, mean[:, None], 0.0), 0)
     variance = tl.sum(tl.where(belongs, variance[:, None], 0.0), 0)
     affine = sample * affine_stride + channel
@@ -140,15 +145,15 @@ def normalise_kernel(
     offset = tl.load(bias + affine, mask=inside, other=0.0)
     if shift is not None:  # subtracted from the mean, which may be larger than what is left of x
         mean -= tl.load(shift + channel, mask=inside, other=0.0)
-    first = share * share_pixels
-    count = tl.minimum(share_pixels, pixels - first)
+    begun = share * share_pixels
+    count = tl.minimum(share_pixels, pixels - begun)
     of_x, of_skip = channel < x_channels, inside & (channel >= x_channels)
     x += sample * pixels * x_channels
     out += sample * pixels * channels
     if skip is not None:
         skip += sample * pixels * skip_channels
     for begin in range(0, count, BLOCK_P):
-        pixel = first + begin + tl.arange(0, BLOCK_P)
+        pixel = begun + begin + tl.arange(0, BLOCK_P)
         present = begin + tl.arange(0, BLOCK_P) < count
         at = pixel[:, None] * x_channels + channel[None, :]
         y = tl.load(x + at, mask=present[:, None] & of_x[None, :], other=0.0).to(tl.float32)

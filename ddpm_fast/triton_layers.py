@@ -17,17 +17,18 @@ from torch import Tensor
 from . import layer_checks, triton_layer_kernels
 from .moments import SMALLEST_PART, num_parts, part_pixels
 
-WARPS = 4
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 BLOCK_C = 64  # channels of a program: 128 bytes of bfloat16
 NORM_PIXELS = 32  # that a program normalises at once
 MOST_NORM_PIXELS = 256  # that it takes
 MANY = 2048  # programs, from which each takes more
+FEWEST_PARTS, FEWEST_GROUPS = 16, 16  # that a variant of the kernel is for
 TABLE_BLOCK = 1024  # columns of a program
 
 
 def _launch(kernel: Any, programs: int, like: Tensor, *args: Any, **named: Any) -> None:
     with torch.cuda.device_of(like) if like.is_cuda else nullcontext():
-        kernel[programs,](*args, **named, num_warps=WARPS)
+        kernel[programs,](*args, **named, **OPTIONS)
 
 
 def _tiles(channels: int) -> tuple[int, int]:
@@ -70,12 +71,17 @@ def finish_conv2d(
     return out, _finish(out, x, bias, residual, *phases)
 
 
-def _span(group: int, block: int) -> int:
-    """Channels of all groups that a tile has a part in."""
+def _span(group: int, block: int) -> tuple[int, int]:
+    """(channels, number) of all groups that a tile has a part in, at most; powers of 2.
+
+    Few different ones, each of which is compiled.
+    """
     if block % group == 0:
-        return block
-    groups = 1 if group % block == 0 else (block - 2) // group + 2
-    return triton.next_power_of_2(groups * group)
+        groups = block // group
+    else:
+        groups = 1 if group % block == 0 else (block - 2) // group + 2
+    channels = triton.next_power_of_2(groups * group)
+    return channels, max(FEWEST_GROUPS, triton.next_power_of_2(groups))
 
 
 def group_norm(
@@ -102,17 +108,16 @@ def group_norm(
     while share < MOST_NORM_PIXELS and n * -(-pixels // share) * tiles > MANY:
         share *= 2
     shares = -(-pixels // share)
-    span = _span(group, block)
+    span, spanned_groups = _span(group, block)
     _launch(
         triton_layer_kernels.normalise_kernel,
         n * shares * tiles,
         *(x, out, x, skip, first, second, shift, weight, bias, x_channels, channels - x_channels),
-        *(*strides, pixels, parts, each, shares, share, tiles, eps),
+        *(group, *strides, pixels, parts, each, shares, share, tiles, eps),
         SILU=silu,
-        GROUP=group,
-        PARTS=triton.next_power_of_2(parts),
+        PARTS=max(FEWEST_PARTS, triton.next_power_of_2(parts)),
         SPAN=span,
-        GROUPS=triton.next_power_of_2(-(-span // group)),
+        GROUPS=spanned_groups,
         BLOCK_P=NORM_PIXELS,
         BLOCK_C=block,
     )

@@ -8,13 +8,11 @@ compiled code rounds as it does is read from the PTX in test_aot.py.
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from interpreter import INTERPRETED, interpreted, run_in_the_interpreter
 from step_cases import DTYPES, SHAPES, case, expected_step, fresh, same_bits
 from test_bad_input import BAD
 from test_noise import KNOWN_WORDS
@@ -26,22 +24,10 @@ import triton.language as tl  # noqa: E402
 
 from ddpm_fast import triton_kernels, triton_ops  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(
-    not INTERPRETED, reason="runs in test_in_the_interpreter's process"
-)
-
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_in_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    run_in_the_interpreter(__file__)
 
 
 @triton.jit
