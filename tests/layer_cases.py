@@ -46,11 +46,12 @@ KNOWN = torch.tensor([1.0, 5.5, 7.0, 9.0, 12.0, 100.0, 999.0])
 def check_rows(backend: str, device: str = "cpu") -> None:
     """Of known timesteps the table's bits; of others NaN."""
     labels = torch.tensor([0, 2, 1, 1], device=device)
-    for t in (torch.tensor([12, 999, 3, 1]), torch.tensor([5.5, 999.0, 5.6, 1.0])):
-        for t in (t, t.to(torch.float64) if t.is_floating_point() else t.int()):
-            for given in (None, labels):
-                tensors = [x.to(device) for x in (TABLE, KNOWN, t)]
-                got = ops.table_rows(*tensors, given, backend=backend).cpu()
-                place = torch.tensor([4 if t[0] == 12 else 1, 6, 0, 0])
-                want = TABLE[place if given is None else place + 7 * labels.cpu()]
-                assert torch.equal(got[[0, 1, 3]], want[[0, 1, 3]]) and got[2].isnan().all()
+    for dtype in (torch.int64, torch.int32, torch.float32, torch.float64):
+        first = 5.5 if dtype.is_floating_point else 12
+        t = torch.tensor([first, 999, 3, 1], dtype=dtype)
+        for given in (None, labels):
+            tensors = [x.to(device) for x in (TABLE, KNOWN, t)]
+            got = ops.table_rows(*tensors, given, backend=backend).cpu()
+            place = torch.tensor([KNOWN.tolist().index(first), 6, 0, 0])
+            want = TABLE[place if given is None else place + 7 * labels.cpu()]
+            assert torch.equal(got[[0, 1, 3]], want[[0, 1, 3]]) and got[2].isnan().all()

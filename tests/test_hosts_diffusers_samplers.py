@@ -16,6 +16,7 @@ diffusers = pytest.importorskip("diffusers")
 from diffusers_cases import STEPS, ddim, ddpm, draw, same
 
 from ddpm_fast import sampler as samplers
+from ddpm_fast.fused_cuda import GpuLayers
 from ddpm_fast.hosts import diffusers as ours
 from ddpm_fast.hosts.diffusers import pipelines
 from ddpm_fast.inference import FusedUNet
@@ -84,7 +85,11 @@ def test_the_loop_under_a_pipeline_is_captured(make, noise, monkeypatch):
     pipe = make()
     settings = {"eta": 0.6} if make is ddim else {}
     want = [draw(pipe, seed=s, **settings) for s in (3, 4)]
-    monkeypatch.setattr(pipelines, "prepare", lambda unet, device, dtype: unet)  # as on CUDA
+
+    def for_a_gpu(unet, device, dtype, backend):
+        return FusedUNet(unet, GpuLayers(device, dtype, "reference"))
+
+    monkeypatch.setattr(pipelines, "prepare", for_a_gpu)
     ours.accelerate(pipe, noise=noise)
     got = [draw(pipe, seed=s, **settings) for s in (3, 4)]
     assert executor.log.count(("capture", 1)) == 1 and executor.count("replay") == 14

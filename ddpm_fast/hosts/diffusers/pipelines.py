@@ -71,7 +71,6 @@ class Accelerated:
         self._dtype = dtype
         self._settings = {"graphs": graphs, "backend": backend}
         self._take(pipe)
-        resolve_backend(self._taken["device"], backend, graphs)  # for what it refuses
 
     def _place(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """Where the network is to run."""
@@ -86,7 +85,8 @@ class Accelerated:
     def _take(self, pipe: DiffusionPipeline) -> None:
         """The pipeline's network as it is now, where it is now."""
         self._unet, self._taken = pipe.unet, self._place(pipe)
-        self._network = prepare(converted(pipe.unet), **self._taken)
+        backend, _ = resolve_backend(self._taken["device"], **self._settings)
+        self._network = prepare(converted(pipe.unet), **self._taken, backend=backend)
         self._kept: tuple[Plan, Sampler] | None = None
 
     def __getstate__(self) -> dict[str, Any]:

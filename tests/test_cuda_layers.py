@@ -1,0 +1,109 @@
+"""A U-Net prepared for a GPU, and its own operators, on a GPU; only with one."""
+
+import pytest
+import torch
+from layer_cases import BOUND as OPERATOR_BOUND
+from layer_cases import LAST, PHASES, check_finish, check_rows, finish_case
+from test_cuda import needs
+from test_group_norm import CHANNELS, SIZES, case, formula
+from test_inference import CONFIGS
+from unet_cases import BF16, BOUND, F32, T, error, inputs, randomized, run
+
+from ddpm_fast import ops
+from ddpm_fast.checkpoint import load_model
+from ddpm_fast.inference import FusedUNet, prepare, unfused
+from ddpm_fast.sampler import Sampler
+from ddpm_fast.unet_config import UNetConfig
+
+pytestmark = needs("triton")
+F16 = torch.float16
+BOUNDS = {**BOUND, F16: 2e-3}
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+def test_group_norm_is_the_formula(channels):
+    for size in [*SIZES, (33, 50), (96, 97)]:
+        for dtype, bound in OPERATOR_BOUND.items():
+            for n, rows, shifted, silu in ((1, 1, True, True), (70, 70, False, False)):
+                arguments = case(channels, size, n, dtype, rows, shifted)
+                settings = (channels[2], 1e-2, silu)
+                want = formula(*arguments, *settings)
+                on_gpu = [None if t is None else t.to(CUDA) for t in arguments]
+                got = ops.group_norm(*on_gpu, *settings, backend="triton")
+                assert got.dtype == dtype and got.is_contiguous(memory_format=LAST)
+                assert error(got.cpu().double(), want) < 1.05 * bound
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize(("phases", "channels"), PHASES, ids=str)
+def test_finish_conv2d_equals_the_reference(phases, channels, dtype):
+    for has in ((True, True), (True, False), (False, True), (False, False)):
+        check_finish(finish_case(phases, channels, dtype, *has), "triton", "cuda")
+
+
+def test_table_rows_are_the_tables():
+    check_rows("triton", "cuda")
+
+
+def check_network(unet, dtype, n=6, bound=None):
+    arguments = inputs(unet.config, n)
+    want = run(unet, F32, *arguments)
+    network = prepare(unet, CUDA, dtype, backend="triton")
+    assert isinstance(network, FusedUNet)
+    on_gpu = [None if t is None else t.to(CUDA) for t in arguments]
+    for _ in range(2):
+        got = run(network, dtype, *on_gpu).cpu()
+        assert error(got, want) < (bound or BOUNDS[dtype])
+        network.expect(T.tolist())
+    return network
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("change", CONFIGS, ids=str)
+def test_every_configuration_computes_the_same(change, dtype, tiny_config):
+    """A thin network rounds more than a wide one."""
+    check_network(randomized(tiny_config(**change)), dtype, bound=2 * BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_the_published_cifar10_model_and_the_shipped_one(dtype):
+    for unet in (randomized(UNetConfig()), load_model("mnist").unet):
+        assert unfused(check_network(unet, dtype)) == []
+
+
+def test_a_hosts_settings_change_nothing():
+    """Of TF32 in convolutions, whose default is on, and of autocast."""
+    unet = load_model("mnist").unet
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        for allowed in (True, False):
+            torch.backends.cudnn.allow_tf32 = allowed
+            with torch.autocast("cuda", torch.bfloat16, enabled=allowed):
+                check_network(unet, F32)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_captured_equals_eager(dtype, name, class_model):
+    """With the prepared network, whose kernels both have chosen by then."""
+    if name == "cuda" and needs("cuda").args[0]:
+        pytest.skip("this build has no CUDA kernels")
+    settings = {"device": "cuda", "backend": name, "dtype": dtype, "steps": 20}
+    runs = []
+    for graphs in (True, False):
+        sampler = Sampler.from_model(class_model, graphs=graphs, **settings)
+        assert isinstance(sampler.network, FusedUNet) and sampler.graphs == graphs
+        runs.append(sampler.sample(7, batch_size=4, classes=[2, 0, 1]))
+    assert runs[0].isfinite().all() and torch.equal(*runs)
+    fused = Sampler.from_model(class_model, fused=False, **settings)
+    assert not isinstance(fused.network, FusedUNet)
+
+
+def test_what_was_prepared_for_a_gpu_stays_there(tiny_config):
+    network = prepare(randomized(tiny_config()), CUDA, BF16, backend="triton")
+    assert torch.nn.Sequential(network).to("cuda", BF16)[0] is network
+    with pytest.raises(ValueError, match=r"prepared for bfloat16 on cuda:0, .*bfloat16 on cpu"):
+        network.cpu()
