@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from layer_cases import LAST, PHASES, check_rows, finish_case
+from recording import recorded
 from test_inference import CONFIGS
 from torch.utils._python_dispatch import TorchDispatchMode
 from unet_cases import BF16, BOUND, CPU, F32, T, error, inputs, randomized, run
@@ -16,6 +17,7 @@ from ddpm_fast import backend, fused_cuda, inference, moments, ops
 from ddpm_fast.checkpoint import load_model
 from ddpm_fast.fused_cuda import GpuLayers
 from ddpm_fast.inference import FusedUNet, prepare, unfused
+from ddpm_fast.sampler import Sampler
 from ddpm_fast.time_table import DeviceTimeTable
 from ddpm_fast.unet import UNet
 from ddpm_fast.unet_config import UNetConfig
@@ -138,6 +140,27 @@ def test_launches_of_a_step(monkeypatch, meta):
     with Counted():
         network(x, t)
     assert launches == LAUNCHES and launches.total() == 208
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.5, "dtype": BF16}], ids=str)
+def test_its_loop_can_be_captured(settings, class_model, monkeypatch):
+    """On a stand-in for CUDA graphs: replays with other seeds, indices and labels, bit for bit."""
+    monkeypatch.setattr(inference, "check_inputs", lambda *_: None)  # which looks at a CPU's labels
+    dtype = settings.get("dtype", F32)
+    samplers = []
+    for _ in range(2):
+        sampler = Sampler.from_model(class_model, steps=7, backend="cpu", fused=False, **settings)
+        sampler.network = prepared(class_model.unet, dtype)
+        sampler.network.expect(sampler.timesteps.tolist())
+        samplers.append(sampler)
+    executor = recorded(samplers[1])
+    for which in ({"start": 5, "seed": 3}, {"seed": 2**63 + 1, "classes": [1]}):
+        eager, captured = (
+            sampler.sample(6, batch_size=4, **{"classes": [2, 0, 1]} | which)
+            for sampler in samplers
+        )
+        assert torch.equal(eager, captured) and eager.isfinite().all()
+    assert executor.count("capture") == 1 and executor.count("replay") == 7 * 2 * 2
 
 
 def test_a_copy_and_a_pickle_compute_the_same_bits(tiny_config):
