@@ -27,8 +27,18 @@ from pathlib import Path
 
 import results
 import torch
+from gpu_goals import goals
 from gpu_measure import Bench, Run
-from loop_engines import CAPTURED, EAGER, ENGINES, ONE, PEER, PEER_MISSING, SLOW_TO_MAKE, Engine
+from loop_engines import (
+    CAPTURED,
+    EAGER,
+    ENGINES,
+    ONE,
+    PEER,
+    PEER_MISSING,
+    SLOW_TO_MAKE,
+    Engine,
+)
 from networks import MODELS, flop_of, with_random_weights
 
 from ddpm_fast.backend import BackendError
@@ -146,31 +156,6 @@ def compiled(turns: Iterable[Iterable[tuple[str, int]]]) -> Iterator[tuple[str, 
         for label in SLOW_TO_MAKE:
             for name, n in turn:
                 yield name, n, label
-
-
-def goals(figures: dict[str, dict]) -> dict[str, str]:
-    """What issue 4 wants of an H100 or H200, as far as it was measured."""
-    said, peer = {}, f"{PEER} bfloat16"
-    for name, n, wanted in (("cifar10", "1", 5), ("mnist", "64", 10)):
-        cell = figures.get(name, {}).get(n, {})
-        if peer in cell and CAPTURED in cell:
-            ratio = cell[peer]["ms_per_step"] / cell[CAPTURED]["ms_per_step"]
-            said[f"{name}, batch {n}, against {peer}"] = f"{ratio:.2f} times (wanted: {wanted})"
-    idle = figures.get("cifar10", {}).get("1", {}).get(CAPTURED, {}).get("idle")
-    if idle is not None:
-        said["cifar10, batch 1, GPU idle"] = f"{100 * idle:.1f} % (wanted: under 3 %)"
-    both = {
-        f"{name}, batch {n}": cell[EAGER]["ms_per_step"] / cell[CAPTURED]["ms_per_step"]
-        for name, cells in figures.items()
-        for n, cell in cells.items()
-        if EAGER in cell and CAPTURED in cell
-    }
-    if both:
-        place = min(both, key=both.get)
-        said["captured against our eager loop"] = (
-            f"{both[place]:.2f} times at least, at {place} (wanted: 1)"
-        )
-    return said
 
 
 def measure_all(

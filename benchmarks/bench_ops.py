@@ -84,6 +84,7 @@ def figures() -> Iterator[dict]:
     """{operator: {case: {who: seconds a call}}}, written when all are measured."""
     rows: dict = {"randn": {}, "q_sample": {}, "p_sample_step": {}, "group_norm": {}}
     rows |= {"conv2d": {}, "upsample_conv2d": {}, "attention": {}}
+    rows |= {"finish_conv2d": {}, "table_rows": {}}
     rows["absent_peers"] = [] if DDPMScheduler else ["diffusers"]
     with torch.inference_mode():
         yield rows
@@ -214,22 +215,58 @@ def test_p_sample_step_of_other_layouts(benchmark, figures, variant):
     figures["p_sample_step"][variant] = {k: v * scale[k] for k, v in times.items()}
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="group_norm has a kernel on the CPU only")
+# Of a network's own operators; on a GPU they are Triton's with either backend.
+OWN = BACKENDS[-1]
+needs_gpu = pytest.mark.skipif(OWN != "triton", reason="only networks on a GPU have it")
+IMAGES = [(16, 128, 32, 32), (64, 24, 28, 28), (1, 256, 16, 16)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(16, 128, 32, 32), (64, 24, 28, 28), (1, 256, 16, 16)], ids=str)
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
 def test_group_norm(benchmark, figures, shape, dtype):
     x = random(*shape).to(dtype).contiguous(memory_format=LAST)
     channels, groups = shape[1], 8
     weight, bias = random(channels), random(channels)
     own = weight.to(dtype), bias.to(dtype)
     target = torch.empty_like(x)
+    settings = (None, None, weight, bias, groups, 1e-6, True)
     calls = {
-        "cpu": lambda: ops.group_norm(x, None, None, weight, bias, groups, 1e-6, True),
+        OWN: lambda: ops.group_norm(x, *settings, backend=OWN),
         "silu(group_norm(x))": lambda: F.silu(F.group_norm(x, groups, *own, 1e-6)),
         "copy": lambda: target.copy_(x),
     }
     kind = str(dtype).removeprefix("torch.")
     figures["group_norm"][f"{shape}, {kind}"] = alternate(benchmark, calls)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def test_finish_conv2d(benchmark, figures, shape, dtype):
+    """Bias, residual and the sums of the next norm, beside the additions alone."""
+    x, residual = (random(*shape).to(dtype).contiguous(memory_format=LAST) for _ in range(2))
+    bias = random(shape[1])
+    own, target = bias.to(dtype)[:, None, None], torch.empty_like(x)
+    calls = {
+        OWN: lambda: ops.finish_conv2d(x, bias, residual, backend=OWN),
+        "x + bias + residual": lambda: x + own + residual,
+        "copy": lambda: target.copy_(x),
+    }
+    kind = str(dtype).removeprefix("torch.")
+    figures["finish_conv2d"][f"{shape}, {kind}"] = alternate(benchmark, calls)
+
+
+@needs_gpu
+@pytest.mark.parametrize("n", [1, 64])
+def test_table_rows(benchmark, figures, n):
+    """As Ho et al.'s U-Net has them, beside a plain lookup of places that are known."""
+    table, known = random(T, 4992), torch.arange(T, device=DEVICE).float()
+    t = (37 * indices(n)) % T
+    calls = {
+        OWN: lambda: ops.table_rows(table, known, t, backend=OWN),
+        "index_select": lambda: table.index_select(0, t),
+    }
+    figures["table_rows"][f"{n} samples"] = alternate(benchmark, calls)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -239,7 +276,7 @@ def test_group_norm(benchmark, figures, shape, dtype):
 )  # fmt: skip
 def test_conv2d(benchmark, figures, monkeypatch, threads, shape, dtype):
     """3x3 to as many channels, with bias and residual: a layer of a prepared network."""
-    if not ops.is_conv2d_fastest(dtype):
+    if DEVICE.type != "cpu" or not ops.is_conv2d_fastest(dtype):
         pytest.skip("prepared networks use oneDNN here")
     channels, size = shape[1], shape[2:]
     weight, bias = random(channels, channels, 3, 3), random(channels)
@@ -256,7 +293,7 @@ def test_conv2d(benchmark, figures, monkeypatch, threads, shape, dtype):
 @pytest.mark.parametrize("shape", [(1, 96, 7, 7), (1, 256, 16, 16), (16, 256, 16, 16)], ids=str)
 def test_upsample_conv2d(benchmark, figures, monkeypatch, threads, shape, dtype):
     """Doubling and 3x3; oneDNN's makes all phases side by side, to be put in their places."""
-    if not ops.is_conv2d_fastest(dtype):
+    if DEVICE.type != "cpu" or not ops.is_conv2d_fastest(dtype):
         pytest.skip("prepared networks use oneDNN here")
     conv, size = nn.Conv2d(shape[1], shape[1], 3, padding=1), shape[2:]
     x = random(*shape).to(dtype).contiguous(memory_format=LAST)
@@ -274,7 +311,7 @@ def test_upsample_conv2d(benchmark, figures, monkeypatch, threads, shape, dtype)
 )
 def test_attention(benchmark, figures, threads, shape, dtype):
     """One head, whose keys are its values: a layer of a prepared network."""
-    if not ops.is_attention_fastest(dtype):
+    if DEVICE.type != "cpu" or not ops.is_attention_fastest(dtype):
         pytest.skip("prepared networks use torch's here")
     query, key = (random(*shape).to(dtype).contiguous(memory_format=LAST) for _ in range(2))
     query *= shape[1] ** -0.5

@@ -26,6 +26,7 @@ except (ImportError, RuntimeError) as error:  # the second, of what it imports l
 F32, BF16 = torch.float32, torch.bfloat16
 EAGER, CAPTURED = "ddpm_fast eager", "ddpm_fast captured"
 ONE = f"{CAPTURED}, one launch"
+PLAIN = f"{CAPTURED}, network layer by layer"
 COMPILED = ("reduce-overhead", "max-autotune")
 
 Engine = Callable[[Bench, Model, int], Run]
@@ -110,6 +111,7 @@ ENGINES: dict[str, Engine] = {
     EAGER: ours,
     CAPTURED: partial(ours, graphs=True),
     f"{CAPTURED}, 10 steps a launch": partial(ours, graphs=True, steps_per_graph=10),
+    PLAIN: partial(ours, graphs=True, fused=False),
     f"{PEER} float32": partial(peer, dtype=F32),
     ONE: partial(ours, graphs=True, steps_per_graph=WHOLE),
 }

@@ -88,6 +88,14 @@ def _prepared() -> list[tuple[str, str]]:
     return [(f"{name} convolutions", _convolutions(DTYPES[name])) for name in kinds] + _networks()
 
 
+def _gpu_network() -> str:
+    """What a prepared network is made of on a GPU."""
+    obstacle = backend.triton_obstacle()
+    if obstacle:
+        return f"PyTorch's: {obstacle}"
+    return _with_caution("cuDNN's convolutions, Triton's kernels, with cuda or triton", "triton")
+
+
 def report() -> list[tuple[str, str]]:
     """The lines as (name, value)."""
     lines = [
@@ -109,6 +117,7 @@ def report() -> list[tuple[str, str]]:
             ("CUDA kernels", _cuda_kernels(config)),
         ]
     lines.append(("Triton kernels", _triton_kernels()))
+    lines.append(("network on a GPU", _gpu_network()))
     lines.append(("captured loop", _captured_loop()))
     lines.append(("backend on cpu", _choice("cpu")))
     if torch.cuda.is_available():

@@ -116,12 +116,20 @@ def test_what_is_under_way_is_stopped(tools):
 def test_goals(tools):
     script, _ = tools
     peer = f"{script.PEER} bfloat16"
-    rows = {peer: 6.0, script.EAGER: 2.0, script.CAPTURED: 1.0}
-    cell = {label: {"ms_per_step": ms, "idle": 0.02} for label, ms in rows.items()}
-    said = script.goals({"cifar10": {"1": cell}, "mnist": {"8": cell}})
+    compiled = list(script.SLOW_TO_MAKE)[1]
+    rows = {peer: 6.0, script.EAGER: 2.0, script.CAPTURED: 1.0, compiled: 1.6}
+    cell = {
+        label: {"ms_per_step": ms, "idle": 0.02, "share_of_peak": 0.4} for label, ms in rows.items()
+    }
+    said = script.goals({"cifar10": {"1": cell, "64": cell}, "mnist": {"8": cell}})
     assert list(said.values()) == [
         "6.00 times (wanted: 5)",
+        "1.60 times (wanted: 1.5)",
+        "1.60 times (wanted: 1.3)",
+        "1.000 ms (wanted: at most 0.6)",
         "2.0 % (wanted: under 3 %)",
+        "40.0 % (wanted: 45 %)",
         "2.00 times at least, at cifar10, batch 1 (wanted: 1)",
+        "1.60 times at least, at cifar10, batch 1 (wanted: 1)",
     ]
     assert script.goals({}) == {}

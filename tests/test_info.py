@@ -8,11 +8,12 @@ from ddpm_fast import backend, info
 
 
 def test_the_report_names_the_choice_and_its_reason():
-    lines = dict(info.report())
+    lines, has_triton = dict(info.report()), not backend.triton_obstacle()
     assert lines["noise contract"] == "version 1"
     assert lines["backend on cpu"].split()[0] in ("cpu", "reference")
     if backend.extension is not None:
         assert "never run on a GPU" in lines["CUDA kernels"]
+        assert "never run on a GPU" in lines["network on a GPU"] or not has_triton
         assert backend.extension.cpu_level() in lines["CPU levels here"]
         for name in ("mnist", "Ho et al.'s CIFAR-10 U-Net"):
             assert ", 0 of them unfused, " in lines[name]
