@@ -218,3 +218,10 @@ def p_sample_step(
         if t is not None:
             writable(name, t)
     return coefficients, index, row, seed, sample_index
+
+
+def refuse_grad(name: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"ddpm_fast: {name} is not differentiable; call it under torch.no_grad()."
+        )
