@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_fast import backend
+from ddpm_fast import backend, ops
 from ddpm_fast.checkpoint import Model, save_model
 from ddpm_fast.data import Dataset
 from ddpm_fast.schedule import NoiseSchedule
@@ -30,6 +30,19 @@ def extension():
     yield backend.extension
     backend.extension._set_cpu_level(before)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fused_steps(monkeypatch):
+    """One entry for each step that the fused operator took."""
+    taken, step = [], ops.p_sample_step
+
+    def counted(*args, **kwargs):
+        taken.append(1)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "p_sample_step", counted)
+    return taken
 
 
 TINY = {
