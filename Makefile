@@ -4,7 +4,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* csrc/include/*/*.h examples/cpp/*.cpp tests/*.cpp tests/*.h)
 
-GPU_TESTS := $(patsubst %,tests/test_%.py,cuda cuda_layers captured_loop graphs loops backend)
+GPU_TESTS := $(patsubst %,tests/test_%.py,cuda cuda_layers captured_loop captured_streams graphs \
+  loops backend)
 
 .PHONY: sample test test-gpu bench bench-gpu in-place lint format info clean
 

@@ -5,32 +5,23 @@ python benchmarks/report.py
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from documents import read, where
+from report_networks import TITLES, digits, lower_levels, peers, precision
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- {} -->\n", "<!-- /{} -->"
 
 
-def _read(name: str) -> dict | None:
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _where(document: dict) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items())
-    device = f"{document['device']} ({', '.join(document['instruction_sets'])})"
-    return f"{device}, {document['threads']} threads, {versions}, {document['date']}"
-
-
 def peer_diffusers() -> str:
-    document = _read("peer_diffusers")
+    document = read("peer_diffusers")
     if document is None:
         return ""
     figures = document["figures"]
     lines = [
         f"{figures['num_samples']} digits, {figures['steps']} steps of DDPM, the same weights, one "
-        f"run: {_where(document)}.",
+        f"run: {where(document)}.",
         "",
         "| | seconds | images/s | against diffusers float32 |",
         "|---|---|---|---|",
@@ -43,14 +34,14 @@ def peer_diffusers() -> str:
 
 
 def accelerated() -> str:
-    document = _read("accelerated")
+    document = read("accelerated")
     if document is None:
         return ""
     figures = document["figures"]
     lines = [
         f"diffusers' DDPMPipeline, {figures['num_samples']} digits in {figures['steps']} steps, "
         f"the same weights and the same generator, median of {figures['rounds']} rounds: "
-        f"{_where(document)}.",
+        f"{where(document)}.",
         "",
         "| | seconds | | largest difference, grey levels of 255 | PSNR, dB |",
         "|---|---|---|---|---|",
@@ -63,107 +54,12 @@ def accelerated() -> str:
     return "\n".join(lines) + "\n"
 
 
-TITLES = {"cifar10": "Ho et al.'s CIFAR-10 U-Net", "mnist": "The shipped digit model"}
-
-
-def peers(model: str) -> str:
-    """Milliseconds of one evaluation, and of the others' how many times ours in bfloat16."""
-    document = _read(f"peers_{model}")
-    if document is None:
-        return ""
-    memory = _read("peers_memory")
-    peaks = memory["figures"]["mib"].get(model, {}) if memory else {}
-    headings = [*(f"batch {b}" for b in document["figures"]["batches"]), "to prepare, s", "error"]
-    if peaks:
-        headings.append(f"peak MiB, batch {memory['figures']['batch_size']}")
-    batches, engines = document["figures"]["batches"], document["figures"]["engines"]
-    absent = "".join(f" Left out: {name}." for name in document["figures"]["absent"])
-    lines = [
-        f"{TITLES[model]}, one evaluation, the same weights, milliseconds: {_where(document)}. In "
-        f"brackets, how many times as long as ours in bfloat16; for ours, the share of the speed "
-        f"of one packed convolution of oneDNN's (3x3, 256 to 256 channels, 16x16, batch 16)."
-        f"{absent}",
-        "",
-        f"| | {' | '.join(headings)} |",
-        "|---" * (len(headings) + 1) + "|",
-    ]
-    for name, engine in engines.items():
-        cells = []
-        for row in batches.values():
-            beside = f"{row[name]['median'] / row['ddpm_fast bfloat16']['median']:.2f}x"
-            if name.startswith("ddpm_fast"):
-                beside = f"{100 * row[name]['share']:.0f} %"
-            cells.append(f"{row[name]['median']:.1f} ({beside})")
-        cells += [f"{engine['prepared_seconds']:.1f}", f"{engine['error']:.1e}"]
-        if peaks:
-            cells.append(f"{peaks[name]:.0f}" if name in peaks else "")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def precision() -> str:
-    document = _read("precision")
-    if document is None:
-        return ""
-    figures = document["figures"]
-    rows = [
-        f"{name} {row['all']:.0f} dB (worst {row['worst image']:.0f})"
-        for name, row in figures["psnr"].items()
-    ]
-    return (
-        f"{figures['num_samples']} digits in {figures['steps']} steps of the same noise, PSNR "
-        f"against the float32 network layer by layer: {', '.join(rows)}. {_where(document)}.\n"
-    )
-
-
-def digits() -> str:
-    """The shipped model's in either dtype, from the same noise, as judge_digits.py finds them."""
-    found = {dtype: _read(f"digits_{dtype}") for dtype in ("float32", "bfloat16")}
-    if None in found.values():
-        return ""
-    rows = [
-        f"{dtype} {100 * f['recognised']:.1f} % recognised, Frechet distance {f['frechet']:.2f}"
-        for dtype, f in ((dtype, document["figures"]) for dtype, document in found.items())
-    ]
-    document = found["float32"]
-    figures = document["figures"]
-    return (
-        f"{figures['num_frechet']} digits in {figures['steps']} steps of the same noise, as a "
-        f"classifier of MNIST judges them: {'; '.join(rows)}. {_where(document)}.\n"
-    )
-
-
-OWN, THEIRS = "ddpm_fast float32", "diffusers float32 channels_last"
-LEVELS = {"avx512": "ONEDNN_MAX_CPU_ISA=AVX512_CORE", "avx2": "ONEDNN_MAX_CPU_ISA=AVX2"}
-
-
-def lower_levels() -> str:
-    """float32 against diffusers, of CPUs that have no more than a level, as this one was told."""
-    lines = []
-    for level, variable in LEVELS.items():
-        document = _read(f"peers_{level}_cifar10")
-        if document is None:
-            continue
-        cells = []
-        for batch, row in document["figures"]["batches"].items():
-            own, theirs = (row[name]["median"] for name in (OWN, THEIRS))
-            cells.append(f"{own:.1f} ms at batch {batch} ({theirs / own:.2f}x)")
-        lines.append(f"- `{variable}`: {', '.join(cells)}. {_where(document)}.")
-    if not lines:
-        return ""
-    head = (
-        f"{TITLES['cifar10']} in float32 on a CPU held to fewer instructions (for AVX2 also ours "
-        f"and torch's); in brackets, how many times as long diffusers float32 channels_last takes:"
-    )
-    return "\n".join([head, "", *lines, ""])
-
-
 def sampling() -> str:
-    document = _read("sampling")
+    document = read("sampling")
     if document is None:
         return ""
     lines = [
-        f"Milliseconds a step of the shipped model: {_where(document)}.",
+        f"Milliseconds a step of the shipped model: {where(document)}.",
         "",
         "| loop, dtype of the network | batch 1 | batch 16 | batch 64 |",
         "|---|---|---|---|",
@@ -180,14 +76,14 @@ def _or_nothing(form: str, value: float | None) -> str:
 
 def captured() -> str:
     """One line a network, batch and engine; the ratio is to the peer's eager bfloat16 loop."""
-    document = _read("captured")
+    document = read("captured")
     if document is None:
         return ""
     figures = document["figures"]
     few = f"images_per_second_{figures['steps']}"
     lines = [
         f"Sampling loops on a GPU, whose bfloat16 matrix product reaches "
-        f"{figures['peak_tflops']:.0f} TFLOP/s: {_where(document)}.",
+        f"{figures['peak_tflops']:.0f} TFLOP/s: {where(document)}.",
         "",
         f"| network | batch | loop | ms a step | against {figures['peer']} bfloat16 "
         f"| images/s, 1000 steps | images/s, {figures['steps']} steps | launches a step | GPU idle "
@@ -215,7 +111,7 @@ def captured() -> str:
 
 def ops() -> str:
     """One line a case: the first backend measured, then each of what it was measured beside."""
-    document = _read("ops")
+    document = read("ops")
     if document is None:
         return ""
     figures = document["figures"]
@@ -223,7 +119,7 @@ def ops() -> str:
     missing = f" Not installed, so left out: {', '.join(absent)}." if absent else ""
     lines = [
         f"The operators, microseconds a call (layouts: of 2^20 elements), beside their peers and "
-        f"ceilings in the same rounds: {_where(document)}.{missing}",
+        f"ceilings in the same rounds: {where(document)}.{missing}",
         "",
         "| operator | case | backend | microseconds | beside | microseconds | ratio |",
         "|---|---|---|---|---|---|---|",
@@ -243,13 +139,13 @@ def ops() -> str:
 
 
 def batch_sizes() -> str:
-    document = _read("batch_sizes")
+    document = read("batch_sizes")
     if document is None:
         return ""
     figures = document["figures"]
     lines = [
         f"Eight digits in {figures['steps']} steps, the largest difference in grey levels of 255: "
-        f"{_where(document)}. Noise and update are equal; where there is a difference, it is the "
+        f"{where(document)}. Noise and update are equal; where there is a difference, it is the "
         f"network library's choice of algorithm for the batch size.",
         "",
     ]
@@ -301,7 +197,7 @@ BULK = {
 
 def bulk() -> str:
     """A line for each of what bulk_kills.py and bulk_speed.py measure."""
-    found = {name: document for name in BULK if (document := _read(name)) is not None}
+    found = {name: document for name in BULK if (document := read(name)) is not None}
     lines = [f"- {BULK[name](document['figures'])}" for name, document in found.items()]
     places = dict.fromkeys(
         f"{d['device']}, torch {d['versions']['torch']}, {d['date']}" for d in found.values()
@@ -310,14 +206,14 @@ def bulk() -> str:
 
 
 def fresh_machine() -> str:
-    document = _read("fresh_machine")
+    document = read("fresh_machine")
     if document is None:
         return ""
     f = document["figures"]
     return (
         f"`make sample` in a clean clone: {f['install']:.0f} s to install (from a package mirror "
         f"nearby), {f['build']:.0f} s to build, {f['sample']:.0f} s to sample; a second call "
-        f"{f['again']:.0f} s. {_where(document)}.\n"
+        f"{f['again']:.0f} s. {where(document)}.\n"
     )
 
 

@@ -29,6 +29,7 @@ py::dict build_config() {
   config["compiler"] = DDPM_FAST_COMPILER;
   config["build_type"] = DDPM_FAST_BUILD_TYPE;
   config["torch"] = DDPM_FAST_TORCH;
+  config["sources"] = DDPM_FAST_SOURCES;
   config["cpu_levels"] = levels(false);
   config["cuda_compiled"] = DDPM_FAST_CUDA_COMPILED != 0;
 #ifdef DDPM_FAST_WITH_CUDA

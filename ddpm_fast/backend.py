@@ -8,10 +8,12 @@ are PyTorch's and its convolutions oneDNN's.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import warnings
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -27,11 +29,34 @@ class BackendError(RuntimeError):
     """A backend was asked for by name and is not available here."""
 
 
+def _changed_source(built_from: str) -> str:
+    """The first source that is not what the extension was built from; "" where there is none.
+
+    built_from: "path=SHA-256 path=SHA-256 ...", of all that CMake makes the extension of beside the
+    kernels: nobody has to count versions. Where no sources lie beside the package, it was installed
+    together with the extension.
+    """
+    root = Path(__file__).parents[1]
+    if not (root / "csrc").is_dir():
+        return ""
+    for entry in built_from.split():
+        path, digest = entry.split("=")
+        source = root / path
+        if not source.exists() or hashlib.sha256(source.read_bytes()).hexdigest() != digest:
+            return path
+    return ""
+
+
 def _load() -> tuple[ModuleType | None, str]:
+    """The compiled extension; or None, and what it is instead."""
     try:
         from . import _C
     except ImportError as error:
-        return None, str(error)
+        return None, f"missing ({error})"
+    # The default is for an extension from before they told their sources.
+    changed = _changed_source(_C.build_config().get("sources", "csrc/bindings.cpp="))
+    if changed:
+        return None, f"out of date (it was built from another {changed})"
     return _C, ""
 
 
@@ -39,7 +64,7 @@ extension, extension_error = _load()
 
 
 def is_available() -> bool:
-    """Whether the compiled extension was found."""
+    """Whether the compiled extension was found, and belongs to this package."""
     return extension is not None
 
 
@@ -63,7 +88,7 @@ def is_overridden() -> bool:
 
 
 def _missing() -> str:
-    return f"the compiled extension is missing ({extension_error}); {BUILD_HINT}"
+    return f"the compiled extension is {extension_error}; {BUILD_HINT}"
 
 
 def _cpu(device: torch.device) -> tuple[bool, str]:

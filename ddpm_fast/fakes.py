@@ -1,14 +1,20 @@
 """What torch needs to trace the operators: shapes without data, and q_sample's gradient.
 
-Used by torch.compile, torch.export and tensors on "meta".
+Used by torch.compile, torch.export and tensors on "meta". What a layer's result has its shape and
+dtype from is refused in the kernels' sentences; what else they refuse is left to them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import fallback
+from .memory import require
+
+LAYER_DTYPES = (torch.float32, torch.bfloat16)  # of what a layer is given, and makes
 
 
 def _require_one_device(*tensors: Tensor | None) -> None:
@@ -19,6 +25,30 @@ def _require_one_device(*tensors: Tensor | None) -> None:
             f"ddpm_fast: all tensors must be on one device, but they are on"
             f" {' and '.join(devices)}; move them with .to()."
         )
+
+
+def _require_dtype(name: str, t: Tensor, *dtypes: torch.dtype) -> None:
+    *wanted, got = (str(dtype).removeprefix("torch.") for dtype in (*dtypes, t.dtype))
+    require(t.dtype in dtypes, f"{name} must be {' or '.join(wanted)}, but it is {got}.")
+
+
+def _require_image(name: str, t: Tensor, *dtypes: torch.dtype) -> None:
+    _require_dtype(name, t, *dtypes)
+    shape = tuple(t.shape)
+    require(t.ndim == 4, f"{name} must be of the shape (N, C, H, W), but it is {shape}.")
+
+
+def _require_like(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    _require_dtype(name, t, like.dtype)
+    shape, got = tuple(like.shape), tuple(t.shape)
+    require(got == shape, f"{name} must have the shape of {like_name}, {shape}, but it is {got}.")
+
+
+def _require_pair(name: str, values: Sequence[int], least: int) -> None:
+    require(
+        len(values) == 2 and min(values) >= least,
+        f"{name} must be two integers from {least}, for height and width.",
+    )
 
 
 def register() -> None:
@@ -47,8 +77,17 @@ def register() -> None:
     @torch.library.register_fake("ddpm_fast::group_norm")
     def _(x, skip, shift, weight, bias, groups, eps, silu):
         _require_one_device(x, skip, shift, weight, bias)
-        channels = x.shape[1] + (0 if skip is None else skip.shape[1])
-        size = (x.shape[0], channels, *x.shape[2:])
+        _require_image("x", x, *LAYER_DTYPES)
+        n, channels, *pixels = x.shape
+        if skip is not None:
+            _require_image("skip", skip, x.dtype)
+            require(
+                (skip.shape[0], *skip.shape[2:]) == (n, *pixels),
+                f"skip must have the samples and the sizes of x, {tuple(x.shape)}, but it is"
+                f" {tuple(skip.shape)}.",
+            )
+            channels += skip.shape[1]
+        size = (n, channels, *pixels)
         return x.new_empty(size).to(memory_format=torch.channels_last)
 
     @torch.library.register_fake("ddpm_fast::pack_conv2d")
@@ -60,14 +99,30 @@ def register() -> None:
     @torch.library.register_fake("ddpm_fast::conv2d")
     def _(x, weight, bias, residual, out_channels, kernel_size, stride, padding, winograd=False):
         _require_one_device(x, weight, bias, residual)
-        size = [
-            (x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)
-        ]
-        return x.new_empty((x.shape[0], out_channels, *size)).to(memory_format=torch.channels_last)
+        _require_image("x", x, *LAYER_DTYPES)
+        _require_pair("kernel_size", kernel_size, 1)
+        _require_pair("stride", stride, 1)
+        _require_pair("padding", padding, 0)
+        room = [x.shape[i + 2] + 2 * padding[i] - kernel_size[i] for i in range(2)]
+        require(
+            min(room) >= 0,
+            f"x, {tuple(x.shape)}, must be as large as the kernel, with its padding.",
+        )
+        size = [room[i] // stride[i] + 1 for i in range(2)]
+        out = x.new_empty((x.shape[0], out_channels, *size)).to(memory_format=torch.channels_last)
+        if residual is not None:
+            _require_like("residual", residual, "the result", out)
+        return out
 
     @torch.library.register_fake("ddpm_fast::upsample_conv2d")
     def _(x, weight, bias, out_channels):
         _require_one_device(x, weight, bias)
+        _require_image("x", x, *LAYER_DTYPES)
+        require(
+            weight.ndim == 2 and weight.shape[0] in (2, 4),
+            "weight must have the shape (4, packed), or (2, packed) to double the width alone, but"
+            f" it is {tuple(weight.shape)}.",
+        )
         n, _, height, width = x.shape
         size = (n, out_channels, weight.shape[0] // 2 * height, 2 * width)
         return x.new_empty(size).to(memory_format=torch.channels_last)
@@ -75,6 +130,9 @@ def register() -> None:
     @torch.library.register_fake("ddpm_fast::attention")
     def _(query, key, value, heads):
         _require_one_device(query, key, value)
+        _require_image("query", query, *LAYER_DTYPES)
+        for name, t in (("key", key), ("value", value)):
+            _require_like(name, t, "query", query)
         return query.new_empty(query.shape).to(memory_format=torch.channels_last)
 
     def setup_context(ctx, inputs, output):

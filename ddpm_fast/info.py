@@ -106,7 +106,7 @@ def report() -> list[tuple[str, str]]:
         ("threads", str(torch.get_num_threads())),
     ]
     if backend.extension is None:
-        lines.append(("extension", f"missing: {backend.extension_error}; {backend.BUILD_HINT}"))
+        lines.append(("extension", f"{backend.extension_error}; {backend.BUILD_HINT}"))
     else:
         config = backend.extension.build_config()
         lines += [

@@ -59,6 +59,7 @@ class Loop:
             name: torch.zeros(len(self.rows), *one.shape, dtype=one.dtype, device=device)
             for name, one in sampler.conditions.items()
         }
+        self.uses_workers = False  # as the network does; `start` asks it
         labels = {} if sampler.num_classes is None else {"class_labels": self.labels}
         self.conditions = self.named | labels
 
@@ -92,6 +93,8 @@ class Loop:
         self.seed.fill_(_as_int64(seed))
         self.index.copy_(index)
         self.rewind()
+        network, size = sampler.network, len(self.input)
+        self.uses_workers = isinstance(network, FusedUNet) and network.uses_workers(size)
         if labels is not None:
             self.labels[: self.batch_size].copy_(labels)
         if self.guidance is not None:
@@ -137,8 +140,7 @@ class Loop:
         output = sampler.network(self.input, self.t, **self.conditions)
         if output.untyped_storage().data_ptr() == self.input.untyped_storage().data_ptr():
             output = output.clone()  # its input, or a view of it: the step writes there
-        network = sampler.network
-        if isinstance(network, FusedUNet) and network.uses_workers(len(self.input)):
+        if self.uses_workers:
             on_a_worker(self._update, output)
         else:
             self._update(output)

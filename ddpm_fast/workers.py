@@ -41,11 +41,13 @@ def workers(threads: int) -> ThreadPoolExecutor:
 
 
 def on_a_worker(function: Callable[..., T], *arguments: object) -> T:
-    """function(*arguments), in one of the workers.
+    """function(*arguments), in one of the workers; here, once they take no more work.
 
     Torch's own threads stay asleep then. Woken up for a moment's work, they would wait for more of
     it on the cores on which the workers are to compute: 5 ms, of 60 of a step.
     """
+    if is_ending():
+        return function(*arguments)
     future = workers(torch.get_num_threads()).submit(function, *arguments)
     try:
         return future.result()

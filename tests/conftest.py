@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_fast import backend
+from ddpm_fast import backend, ops
 from ddpm_fast.checkpoint import Model, save_model
 from ddpm_fast.data import Dataset
 from ddpm_fast.schedule import NoiseSchedule
@@ -16,20 +16,33 @@ from ddpm_fast.unet_config import UNetConfig
 
 
 def pytest_sessionstart(session):
-    """In CI a missing extension is a failure; elsewhere each test says what it cannot do."""
+    """In CI it is a failure to have no extension; elsewhere each test says what it cannot do."""
     if os.environ.get("CI") and backend.extension is None:
-        pytest.exit(f"the compiled extension is missing: {backend.extension_error}", returncode=1)
+        pytest.exit(f"the compiled extension is {backend.extension_error}", returncode=1)
 
 
 @pytest.fixture
 def extension():
     """The compiled extension; its CPU level and torch's threads are put back afterwards."""
     if backend.extension is None:
-        pytest.skip(f"the compiled extension is missing: {backend.extension_error}")
+        pytest.skip(f"the compiled extension is {backend.extension_error}")
     before, threads = backend.extension.cpu_level(), torch.get_num_threads()
     yield backend.extension
     backend.extension._set_cpu_level(before)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fused_steps(monkeypatch):
+    """One entry for each step that the fused operator took."""
+    taken, step = [], ops.p_sample_step
+
+    def counted(*args, **kwargs):
+        taken.append(1)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "p_sample_step", counted)
+    return taken
 
 
 TINY = {

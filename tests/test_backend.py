@@ -1,24 +1,28 @@
 """Which backend is chosen, and what happens without the compiled extension."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from building import ROOT
 
 from ddpm_fast import backend, info, ops
 from ddpm_fast.fused import Norm
 from ddpm_fast.inference import prepare, unfused
 
 pytestmark = pytest.mark.skipif(
-    backend.extension is None, reason=f"no compiled extension: {backend.extension_error}"
+    backend.extension is None, reason=f"the compiled extension is {backend.extension_error}"
 )
 
 
-def python(code, **environment):
+def python(code, cwd=None, **environment):
     return subprocess.run(
         [sys.executable, "-c", code],
+        cwd=cwd,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -109,3 +113,46 @@ ops.resolve_backend("cpu", "cpu")
     run = python(code, DDPM_FAST_BACKEND="")
     assert run.stdout.startswith("1 ") and run.stdout.count("pip install") == 5, run.stderr
     assert "BackendError" in run.stderr
+
+
+def test_an_extension_of_other_sources_is_not_used(tmp_path):
+    """As after an update that was not followed by a build."""
+    (tmp_path / "ddpm_fast").symlink_to(Path(backend.__file__).parent)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    with (tmp_path / "csrc" / "torch_ops.cpp").open("a") as file:
+        file.write("// changed\n")
+    code = """
+import warnings
+import torch
+from ddpm_fast import ops
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        ops.randn(torch.arange(1), torch.arange(1), (4,))
+print(len(caught), caught[0].message)
+ops.attention(*[torch.zeros(1, 1, 1, 1)] * 3)
+"""
+    run = python(code, tmp_path, DDPM_FAST_BACKEND="")
+    why = "the compiled extension is out of date (it was built from another csrc/torch_ops.cpp)"
+    assert run.stdout.startswith("1 ddpm_fast uses its slow reference") and why in run.stdout
+    last = run.stderr.splitlines()[-1]
+    assert "BackendError" in last and f"{why}; {backend.BUILD_HINT}" in last, run.stderr
+
+
+def test_every_source_of_the_extension_counts(extension, monkeypatch, tmp_path):
+    built_from = extension.build_config()["sources"]
+    paths = [entry.split("=")[0] for entry in built_from.split()]
+    assert {"csrc/torch_ops.cpp", "csrc/bindings.cpp"} <= set(paths)
+    monkeypatch.setattr(backend, "__file__", str(tmp_path / "ddpm_fast" / "backend.py"))
+    assert backend._load() == (extension, "")  # as installed, without sources
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    assert backend._load() == (extension, "")
+    for path in paths:
+        source = tmp_path / path
+        text = source.read_bytes()
+        for change in (lambda: source.write_bytes(text[1:]), source.unlink):  # noqa: B023
+            change()
+            assert backend._changed_source(built_from) == path
+        source.write_bytes(text)
+    monkeypatch.setattr(extension, "build_config", dict)  # as before it told its sources
+    assert backend._load()[0] is None

@@ -19,7 +19,7 @@ def obstacle(name: str) -> str:
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     if backend.extension is None:
-        return f"the compiled extension is missing: {backend.extension_error}"
+        return f"the compiled extension is {backend.extension_error}"
     if name == "cuda" and not backend.extension.build_config()["cuda_linked"]:
         return "this build has no CUDA kernels: build it with nvcc beside a CUDA torch"
     return backend.triton_obstacle() if name == "triton" else ""

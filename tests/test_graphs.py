@@ -244,6 +244,7 @@ def test_what_is_asked_for_is_what_captures(cuda, backend):
 
 def test_without_kernels_graphs_are_refused(monkeypatch):
     monkeypatch.setattr(graphs.backends, "extension", None)
+    monkeypatch.setattr(graphs.backends, "extension_error", "missing (no module)")
     monkeypatch.setattr(graphs.backends, "triton_obstacle", lambda: "triton is not installed")
     monkeypatch.delenv("DDPM_FAST_BACKEND", raising=False)
     graphs.backends._resolve.cache_clear()

@@ -2,85 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import pickle
-
 import pytest
 import torch
 
-diffusers = pytest.importorskip("diffusers")
-# ruff: noqa: E402, what needs diffusers comes after the look whether it is there
+pytest.importorskip("diffusers")
 
-from ddpm_fast import ops
+from scheduler_cases import SHAPE, generator, pair, same_chains
+
 from ddpm_fast.hosts import diffusers as ours
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
 SPACINGS = ("leading", "trailing", "linspace")
-SHAPE = (2, 1, 4, 4)
-
-
-def generator(seed: int = 5) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def pair(kind: str, **config):
-    """diffusers' scheduler, and ours made from its configuration."""
-    theirs = getattr(diffusers, kind)(**config)
-    return theirs, getattr(ours, kind).from_config(theirs.config)
-
-
-@pytest.fixture
-def fused(monkeypatch):
-    """How many steps the fused operator took."""
-    taken, step = [], ops.p_sample_step
-
-    def counted(*args, **kwargs):
-        taken.append(1)
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "p_sample_step", counted)
-    return taken
-
-
-def denoise(scheduler, x: torch.Tensor, t: int) -> torch.Tensor:
-    """What a perfect network predicts if the data are normal numbers of deviation 0.8, which the
-    clip then cuts; with extra channels for a learned variance.
-
-    It brings states together: an untrained network drives them apart, also diffusers' in float32
-    and in float64, so that rounding alone would decide the end.
-    """
-    ac = scheduler.alphas_cumprod[t]
-    x_0 = ac.sqrt() * 0.64 * x / (0.64 * ac + 1 - ac)
-    eps = (x - ac.sqrt() * x_0) / (1 - ac).sqrt()
-    v = ac.sqrt() * eps - (1 - ac).sqrt() * x_0
-    output = {"epsilon": eps, "sample": x_0, "v_prediction": v}[scheduler.config.prediction_type]
-    if str(scheduler.config.get("variance_type")).startswith("learned"):
-        output = torch.cat((output, torch.sin(3 * x)), 1)
-    return output
-
-
-def chain(scheduler, **settings) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_0, and what the generator draws next."""
-    drawing = generator()
-    x = torch.randn(SHAPE, generator=drawing)
-    for t in scheduler.timesteps:
-        output = denoise(scheduler, x, t)
-        x = scheduler.step(output, t, x, generator=drawing, **settings).prev_sample
-    return x, torch.rand(3, generator=drawing)
-
-
-def same_chains(theirs, mine, **settings) -> None:
-    (want, want_next), (got, got_next) = chain(theirs, **settings), chain(mine, **settings)
-    assert (got - want).abs().max() < 1e-4
-    assert torch.equal(got_next, want_next)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_ddpm_is_diffusers(prediction, variance, spacing, fused):
+def test_ddpm_is_diffusers(prediction, variance, spacing, fused_steps):
     config = {"prediction_type": prediction, "variance_type": variance, "timestep_spacing": spacing}
     for steps in (1, 30):
         theirs, mine = pair("DDPMScheduler", **config)
@@ -88,20 +27,20 @@ def test_ddpm_is_diffusers(prediction, variance, spacing, fused):
             scheduler.set_timesteps(steps)
         assert torch.equal(mine.timesteps, theirs.timesteps)
         same_chains(theirs, mine)
-    assert len(fused) == 31
+    assert len(fused_steps) == 31
 
 
 @pytest.mark.parametrize("clipped", [False, True])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_ddim_is_diffusers(prediction, spacing, eta, clipped, fused):
+def test_ddim_is_diffusers(prediction, spacing, eta, clipped, fused_steps):
     """Also with 30 steps of linspace, where diffusers' step does not lead to the next timestep."""
     theirs, mine = pair("DDIMScheduler", prediction_type=prediction, timestep_spacing=spacing)
     for scheduler in (theirs, mine):
         scheduler.set_timesteps(30)
     same_chains(theirs, mine, eta=eta, use_clipped_model_output=clipped)
-    assert len(fused) == 30
+    assert len(fused_steps) == 30
 
 
 OTHERS = {
@@ -139,23 +78,23 @@ ONE_KIND = {
         for name, config in (OTHERS | more).items()
     ],
 )
-def test_every_field_of_a_configuration_counts(kind, config, fused):
+def test_every_field_of_a_configuration_counts(kind, config, fused_steps):
     theirs, mine = pair(kind, **config)
     for scheduler in (theirs, mine):
         scheduler.set_timesteps(20)
     same_chains(theirs, mine, **({"eta": 0.5} if kind == "DDIMScheduler" else {}))
-    assert len(fused) == 20
+    assert len(fused_steps) == 20
 
 
 @pytest.mark.parametrize("kind", ["DDPMScheduler", "DDIMScheduler"])
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
-def test_all_thousand_steps(kind, beta_schedule, fused):
+def test_all_thousand_steps(kind, beta_schedule, fused_steps):
     """The smallest betas are where diffusers' float32 is worst: 3e-4 of a beta of 1e-4."""
     theirs, mine = pair(kind, beta_schedule=beta_schedule)
     for scheduler in (theirs, mine):
         scheduler.set_timesteps(1000)
     same_chains(theirs, mine)
-    assert len(fused) == 1000
+    assert len(fused_steps) == 1000
     x, output = torch.randn(2, *SHAPE, generator=generator())
     for t in range(1000):
         draws = [s.step(output, t, x, generator=generator(t)) for s in (theirs, mine)]
@@ -164,13 +103,13 @@ def test_all_thousand_steps(kind, beta_schedule, fused):
         assert (a - b).abs().max() < 1e-4  # before the clip it is up to 157 times as large
 
 
-def test_ddpm_at_timesteps_of_ones_own_and_at_none(fused):
+def test_ddpm_at_timesteps_of_ones_own_and_at_none(fused_steps):
     theirs, mine = pair("DDPMScheduler", variance_type="fixed_large")
     same_chains(theirs, mine)  # all of them
     for scheduler in (theirs, mine):
         scheduler.set_timesteps(timesteps=[900, 500, 499, 20, 3])
     same_chains(theirs, mine)
-    assert len(fused) == 1005
+    assert len(fused_steps) == 1005
 
 
 def test_generators_noise_and_tuples():
@@ -201,14 +140,16 @@ def test_generators_noise_and_tuples():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32(dtype, fused):
+def test_half_precision_is_computed_in_float32(dtype, fused_steps):
     theirs, mine = pair("DDPMScheduler")
     for scheduler in (theirs, mine):
         scheduler.set_timesteps(50)
     x, output = torch.randn(2, *SHAPE, generator=generator()).to(dtype)
     got = mine.step(output, 500, x, generator=generator())
     want = mine.step(output.float(), 500, x.float(), generator=None)
-    assert got.prev_sample.dtype == got.pred_original_sample.dtype == dtype and len(fused) == 2
+    assert (
+        got.prev_sample.dtype == got.pred_original_sample.dtype == dtype and len(fused_steps) == 2
+    )
     assert torch.equal(got.pred_original_sample, want.pred_original_sample.to(dtype))
     # The draws are those of the dtype, as diffusers' are.
     low = theirs.step(output, 500, x, generator=generator()).prev_sample
@@ -225,7 +166,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("case", LEFT.values(), ids=LEFT)
-def test_what_the_fused_step_has_not_is_diffusers_own(case, fused):
+def test_what_the_fused_step_has_not_is_diffusers_own(case, fused_steps):
     case = {"dtype": torch.float32, "requires_grad": False, "t": 400} | case
     t, like = case.pop("t"), {k: case.pop(k) for k in ("dtype", "requires_grad")}
     theirs, mine = pair("DDPMScheduler", **case)
@@ -236,7 +177,7 @@ def test_what_the_fused_step_has_not_is_diffusers_own(case, fused):
         output = torch.cat((output, output), 1)
     x, output = x.to(like["dtype"]), output.to(like["dtype"]).requires_grad_(like["requires_grad"])
     want, got = (s.step(output, t, x, generator=generator()).prev_sample for s in (theirs, mine))
-    assert torch.equal(want, got) and got.requires_grad == like["requires_grad"] and not fused
+    assert torch.equal(want, got) and got.requires_grad == like["requires_grad"] and not fused_steps
 
 
 def transposed(x):
@@ -252,12 +193,12 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("state,prediction,steps", SHAPES.values(), ids=SHAPES)
-def test_states_of_any_shape_and_order(state, prediction, steps, fused):
+def test_states_of_any_shape_and_order(state, prediction, steps, fused_steps):
     both = pair("DDPMScheduler")
     x, output = torch.randn(2, 3, 2, 4, 5, generator=generator())
     x, output = state(x), prediction(output)
     want, got = (s.step(output, 400, x, generator=generator()) for s in both)
-    assert got.prev_sample.shape == want.prev_sample.shape and len(fused) == steps
+    assert got.prev_sample.shape == want.prev_sample.shape and len(fused_steps) == steps
     assert (got.prev_sample - want.prev_sample).abs().max() < 2e-6
 
 
@@ -269,78 +210,11 @@ def test_what_is_nan_in_diffusers_is_what_its_name_says():
     same_chains(meant, named)
 
 
-def test_no_signal_and_epsilon_is_left_to_diffusers(fused):
+def test_no_signal_and_epsilon_is_left_to_diffusers(fused_steps):
     """A division by zero there; here the fused step has no such row."""
     theirs, mine = pair("DDIMScheduler", rescale_betas_zero_snr=True, timestep_spacing="trailing")
     for scheduler in (theirs, mine):
         scheduler.set_timesteps(10)
     x, output = torch.randn(2, *SHAPE, generator=generator())
     want, got = (s.step(output, 999, x).prev_sample for s in (theirs, mine))
-    assert torch.equal(want, got) and not fused
-
-
-@pytest.mark.parametrize("kind", ["DDPMScheduler", "DDIMScheduler"])
-def test_configurations_and_files_are_diffusers_own(kind, tmp_path):
-    values = {
-        "beta_schedule": "scaled_linear",
-        "timestep_spacing": "trailing",
-        "clip_sample": False,
-    }
-    theirs, mine = pair(kind, **values)
-    assert isinstance(mine, type(theirs)) and dict(mine.config) == dict(theirs.config)
-    mine.save_pretrained(tmp_path)
-    for cls in (type(mine), type(theirs)):
-        loaded = cls.from_pretrained(tmp_path)
-        assert type(loaded) is cls and loaded.config.beta_schedule == "scaled_linear"
-    assert json.loads((tmp_path / "scheduler_config.json").read_text())["_class_name"] == kind
-    other = "DDIMScheduler" if kind == "DDPMScheduler" else "DDPMScheduler"
-    assert getattr(ours, other).from_config(mine.config).config.timestep_spacing == "trailing"
-    assert type(theirs) in mine.compatibles and len(mine) == 1000 and mine.order == 1
-    x, noise = torch.randn(2, *SHAPE, generator=generator())
-    t = torch.tensor([3, 900])
-    assert torch.equal(mine.add_noise(x, noise, t), theirs.add_noise(x, noise, t))
-    assert torch.equal(mine.get_velocity(x, noise, t), theirs.get_velocity(x, noise, t))
-    assert mine.scale_model_input(x, 3) is x and mine.init_noise_sigma == 1.0
-
-
-CHANGES = {
-    "other timesteps": lambda s: setattr(s, "timesteps", s.timesteps[::2].clone()),
-    "timesteps written in place": lambda s: s.timesteps[1:-1].sub_(7),
-    "another schedule": lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod**2),
-    "a schedule written in place": lambda s: s.alphas_cumprod.pow_(2),
-    "another configuration": lambda s: s.register_to_config(clip_sample=False),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_between_two_steps_is_seen(change, fused):
-    both = pair("DDPMScheduler")
-    x, output = 3 * torch.randn(2, *SHAPE, generator=generator())
-    for scheduler in both:
-        scheduler.set_timesteps(10)
-        scheduler.step(output, 900, x)
-        change(scheduler)
-    t = int(both[0].timesteps[1])
-    want, got = (s.step(output, t, x, generator=generator()).prev_sample for s in both)
-    assert (got - want).abs().max() < 1e-5 and len(fused) == 2
-
-
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"]
-)
-def test_copies_in_use(copied, fused):
-    theirs, mine = pair("DDIMScheduler")
-    for scheduler in (theirs, mine):
-        scheduler.set_timesteps(10)
-    same_chains(theirs, mine)
-    same_chains(theirs, copied(mine))
-    assert len(fused) == 20
-
-
-def test_set_timesteps_makes_other_steps():
-    """A scheduler that serves several runs keeps no step of the one before."""
-    theirs, mine = pair("DDIMScheduler")
-    for steps in (10, 20, 10):
-        for scheduler in (theirs, mine):
-            scheduler.set_timesteps(steps)
-        same_chains(theirs, mine)
+    assert torch.equal(want, got) and not fused_steps

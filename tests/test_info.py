@@ -38,6 +38,6 @@ def test_a_backend_without_a_cpu_is_reported():
 
 def test_a_missing_extension_is_named(monkeypatch):
     monkeypatch.setattr(backend, "extension", None)
-    monkeypatch.setattr(backend, "extension_error", "No module named 'ddpm_fast._C'")
+    monkeypatch.setattr(backend, "extension_error", "missing (No module named 'ddpm_fast._C')")
     lines = dict(info.report())
     assert "missing" in lines["extension"] and "pip install" in lines["extension"]

@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
+from loop_cases import METHODS, Network, reading
 from recording import RecordingLoop, recorded, storages, tensors
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast.executor import ONE_LAUNCH, CaptureError
@@ -29,16 +29,6 @@ def make(model, **settings):
     """As on CUDA, where the network is not the CPU's fused one."""
     settings = {"steps": 7, "backend": "cpu", "fused": False} | settings
     return Sampler.from_model(model, **settings)
-
-
-METHODS = {
-    "ddpm": {},
-    "ddim": {"method": "ddim", "eta": 0.5},
-    "dpmpp_2m": {"method": "dpmpp_2m"},
-    "guidance": {"guidance_scale": 2.5},
-    "guided dpmpp_2m": {"method": "dpmpp_2m", "guidance_scale": 2.5},
-    "bfloat16": {"dtype": torch.bfloat16},
-}
 
 
 @pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
@@ -179,28 +169,6 @@ def test_runs_in_several_threads_have_buffers_of_their_own(class_model):
     for thread in threads:
         thread.join()
     assert all(torch.equal(got[seed], want[seed]) for seed in want)
-
-
-class Reads(nn.Module):
-    """Part of a network that asks the host."""
-
-    def forward(self, x):
-        return x * 2 if x.max() > 3 else x
-
-
-class Network(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList([nn.Identity(), Reads()])
-
-    def forward(self, x, t):
-        for block in self.blocks:
-            x = block(x)
-        return 0.1 * x
-
-
-def reading(x, t):
-    return x * float(x.mean())
 
 
 @pytest.mark.parametrize(

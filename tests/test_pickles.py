@@ -10,15 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_cases import refuses
 
-from ddpm_fast.checkpoint import CheckpointError, load_model
 from ddpm_fast.pickles import read_pickle
-
-
-def refuses(path, match: str) -> None:
-    with pytest.raises(CheckpointError, match=match) as caught:
-        load_model(path)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_tensors_have_the_path_that_they_lie_at(tmp_path):

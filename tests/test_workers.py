@@ -109,6 +109,31 @@ atexit.register(lambda: print(network.uses_workers(8), network(x, t).shape))
     assert done.stdout == f"True {shape}\nFalse {shape}\n", done.stderr
 
 
+def test_a_thread_may_sample_on_when_the_main_one_has_ended():
+    code = """
+import threading, torch
+from ddpm_fast import inference
+from ddpm_fast.checkpoint import load_model
+from ddpm_fast.sampler import Sampler
+inference.SMALLEST_GROUP = 0
+torch.set_num_threads(2)
+sampler = Sampler.from_model(load_model("mnist"), steps=3, dtype=torch.float32)
+def callback(index, done, x):
+    if done == 1:
+        print(sampler.network.uses_workers(8))
+        begun.set()
+        threading.main_thread().join()
+def sample():
+    x = sampler.sample(8, batch_size=8, callback=callback)
+    print(sampler.network.uses_workers(8), x.shape)
+begun = threading.Event()
+threading.Thread(target=sample).start()
+begun.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\nFalse torch.Size([8, 1, 28, 28])\n", done.stderr
+
+
 def test_each_worker_uses_one_core(two_threads):
     assert set(workers(2).map(lambda _: torch.get_num_threads(), range(8))) == {1}
     assert torch.get_num_threads() == 2

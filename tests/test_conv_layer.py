@@ -1,0 +1,64 @@
+"""Where a prepared network uses `ops.conv2d`: its layers, and what `info` says of them."""
+
+import pickle
+
+import pytest
+import torch
+from conv_cases import BF16, F32, LAYERS, case, needs_bfloat16
+
+from ddpm_fast import backend, fused, info, ops
+
+
+def layer_of(layer, dtype):
+    *_, stride, padding, size = layer
+    weight, bias = case(layer, 1, F32)[1:3]
+    return fused.Conv(weight, bias, dtype, size, padding, stride)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_a_network_uses_it_where_the_cpu_has_no_amx(monkeypatch, has_amx):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has_amx)
+    layer = (24, 24, (3, 3), (1, 1), (1, 1), (9, 9))
+    x, _, _, residual = case(layer, 2, BF16)
+    conv = layer_of(layer, BF16)
+    assert conv.is_own != has_amx and conv.shape == (24, 24, 3, 3)
+    assert conv.is_fused == (conv.is_own or fused.is_packable(BF16))
+    assert layer_of(layer, F32).is_own
+    for to in (None, residual):
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: not has_amx)
+        # Torch's own convolution rounds before it adds.
+        torch.testing.assert_close(
+            conv(x, to), layer_of(layer, BF16)(x, to), rtol=2**-7, atol=2**-6
+        )
+
+
+def test_without_the_extension_there_is_none(monkeypatch):
+    monkeypatch.setattr(backend, "extension", None)
+    for dtype in (F32, BF16):
+        assert not ops.is_conv2d_fastest(dtype) and not layer_of(LAYERS[0], dtype).is_own
+
+
+def test_the_choice_is_named():
+    lines = dict(info.report())
+    for name, dtype in (("float32", F32), ("bfloat16", BF16)):
+        own = f"own ({backend.conv_kernels(dtype)})"
+        wanted = own if ops.is_conv2d_fastest(dtype) else "oneDNN's"
+        assert lines[f"{name} convolutions"] == wanted
+
+
+@needs_bfloat16
+def test_a_pickled_layer_stays_on_cpus_of_its_kind(monkeypatch):
+    if not ops.is_conv2d_fastest(BF16):
+        pytest.skip("prepared networks use oneDNN here")
+    written = pickle.dumps(layer_of(LAYERS[4], BF16))
+    x = case(LAYERS[4], 2, BF16)[0]
+    assert torch.equal(pickle.loads(written)(x), layer_of(LAYERS[4], BF16)(x))
+    for name, there in (("conv_kernels", lambda dtype: "other"), ("extension", None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, name, there)
+            with pytest.raises(RuntimeError, match="prepared for another CPU or by another"):
+                pickle.loads(written)
+    monkeypatch.setattr(fused, "PACKING", 1)
+    with pytest.raises(RuntimeError, match="prepared for another CPU or by another"):
+        pickle.loads(written)
