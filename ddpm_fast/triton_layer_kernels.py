@@ -84,10 +84,9 @@ def _statistics(
 ):  # fmt: skip
     """(mean, variance) of GROUPS groups of `group` channels, from number `first` on.
 
-    Of SPAN channels at least those of the groups that the program needs are among them.
+    SPAN: at least the channels of those that the program needs, from a multiple of 16 on.
     """
-    lane = tl.arange(0, SPAN)
-    channel = first * group + lane
+    channel = first * group // 16 * 16 + tl.arange(0, SPAN)
     part = tl.arange(0, PARTS)
     counts = tl.maximum(tl.minimum(part_pixels, pixels - part * part_pixels), 0).to(tl.float32)
     here = (part < parts)[:, None] & (channel < x_channels)[None, :]
@@ -103,7 +102,7 @@ def _statistics(
     inside = channel < x_channels + skip_channels
     if shift is not None:
         means += tl.load(shift + channel, mask=inside, other=0.0)[None, :]
-    belongs = (lane // group)[None, :] == tl.arange(0, GROUPS)[:, None]
+    belongs = (channel // group - first)[None, :] == tl.arange(0, GROUPS)[:, None]
     belongs = belongs & inside[None, :]
     count = tl.cast(pixels * group, tl.float32)
     sums = tl.sum(means * counts[:, None], 0)

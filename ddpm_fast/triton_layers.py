@@ -74,13 +74,14 @@ def finish_conv2d(
 def _span(group: int, block: int) -> tuple[int, int]:
     """(channels, number) of all groups that a tile has a part in, at most; powers of 2.
 
-    Few different ones, each of which is compiled.
+    The channels from a multiple of 16 on. Few different ones, each of which is compiled.
     """
     if block % group == 0:
         groups = block // group
     else:
         groups = 1 if group % block == 0 else (block - 2) // group + 2
-    channels = triton.next_power_of_2(groups * group)
+    before = 0 if block % group == 0 or group % 16 == 0 else 15
+    channels = triton.next_power_of_2(before + groups * group)
     return channels, max(FEWEST_GROUPS, triton.next_power_of_2(groups))
 
 

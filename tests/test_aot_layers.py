@@ -87,6 +87,7 @@ class TestLayers:
         types |= {"BLOCK_P": NORM_PIXELS, "BLOCK_C": BLOCK_C}
         one = compiled(normalise_kernel, architecture, tmp_path, **types)
         check(one)
+        assert len(re.findall(r"\bLDG\.E(?=\s|\.CONST)", one.sass)) <= 2  # of moments none
         assert {"LDG.E.128", "STG.E.128"} <= one.accesses()
 
 
