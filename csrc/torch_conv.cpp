@@ -13,13 +13,15 @@ using Pair = std::vector<int64_t>;
 constexpr int64_t kMostTaps = 1 << 10;  // along a side
 
 const ConvKernels& kernels_for(ScalarType dtype, bool winograd) {
-  const bool is_bfloat16 = dtype == ScalarType::BFloat16;
-  require(is_bfloat16 || dtype == ScalarType::Float,
+  const bool is_float32 = dtype == ScalarType::Float, is_half = dtype == ScalarType::Half;
+  require(is_float32 || dtype == ScalarType::BFloat16 || (is_half && winograd),
           "conv2d is for float32 and bfloat16, but the dtype is ", dtype_name(dtype), ".");
-  const ConvKernels* found =
-      conv_kernels(is_bfloat16 ? DType::kBFloat16 : DType::kFloat32, winograd);
-  require(found != nullptr, "conv2d needs a CPU with ", is_bfloat16 ? "AVX512-BF16" : "AVX2",
-          ", and DDPM_FAST_CPU not below ", is_bfloat16 ? "avx512" : "avx2",
+  const ConvKernels* found = conv_kernels(is_float32 ? DType::kFloat32
+                                          : is_half  ? DType::kFloat16
+                                                     : DType::kBFloat16,
+                                          winograd);
+  require(found != nullptr, "conv2d needs a CPU with ", is_float32 ? "AVX2" : "AVX512-BF16",
+          ", and DDPM_FAST_CPU not below ", is_float32 ? "avx2" : "avx512",
           "; use torch.nn.functional.conv2d.");
   return *found;
 }
@@ -148,10 +150,11 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
       "weight must be what pack_conv2d makes of a weight (", out_channels, ", ", shape.in_channels,
       ", ", shape.kernel[0], ", ", shape.kernel[1], ").");
   args.samples = x.size(0);
-  Tensor out = empty_image(dtype, args.samples, out_channels, shape.out_size[0], shape.out_size[1]);
+  const ScalarType to = dtype == ScalarType::Half ? ScalarType::BFloat16 : dtype;
+  Tensor out = empty_image(to, args.samples, out_channels, shape.out_size[0], shape.out_size[1]);
   set_bias(bias, args);
   if (residual) {
-    require_image("residual", *residual, dtype);
+    require_image("residual", *residual, to);
     require_same_shape("residual", *residual, "the result", out);
     args.residual = residual->const_data_ptr();
   }

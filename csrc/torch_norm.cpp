@@ -50,10 +50,15 @@ void run(const GroupNormArgs& args) {
 }  // namespace
 
 Tensor group_norm(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> shift, Tensor weight,
-                  Tensor bias, int64_t groups, double eps, bool silu) {
+                  Tensor bias, int64_t groups, double eps, bool silu,
+                  std::optional<ScalarType> out_dtype) {
   const ScalarType dtype = x.scalar_type();
   require(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
           "x must be float32 or bfloat16, but it is ", dtype_name(dtype), ".");
+  const ScalarType to = out_dtype.value_or(dtype);
+  require(to == dtype || (dtype == ScalarType::BFloat16 && to == ScalarType::Half),
+          "out_dtype must be x's, or float16 where that is bfloat16, but it is ", dtype_name(to),
+          " for ", dtype_name(dtype), ".");
   require_image("x", x, dtype);
   GroupNormArgs args{};
   args.samples = x.size(0);
@@ -71,7 +76,7 @@ Tensor group_norm(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> sh
   const int64_t channels = args.channels[0] + args.channels[1];
   require(groups > 0 && channels % groups == 0, "groups must divide the ", channels,
           " channels, but it is ", groups, ".");
-  Tensor out = empty_image(dtype, args.samples, channels, x.size(2), x.size(3));
+  Tensor out = empty_image(to, args.samples, channels, x.size(2), x.size(3));
   args.out = out.mutable_data_ptr();
   args.shift_stride = shift ? row_stride("shift", *shift, out) : 0;
   args.shift = shift ? read<float>(*shift) : nullptr;
@@ -84,6 +89,7 @@ Tensor group_norm(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> sh
   args.eps = eps;
   args.silu = silu;
   args.dtype = dtype == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16;
+  args.out_dtype = to == ScalarType::Half ? DType::kFloat16 : args.dtype;
   run(args);
   return out;
 }

@@ -17,7 +17,8 @@ void p_sample_step_(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor
                     std::optional<Tensor> next_input);
 // In torch_norm.cpp.
 Tensor group_norm(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> shift, Tensor weight,
-                  Tensor bias, int64_t groups, double eps, bool silu);
+                  Tensor bias, int64_t groups, double eps, bool silu,
+                  std::optional<ScalarType> out_dtype);
 // In torch_conv.cpp.
 Tensor pack_conv2d(Tensor weight, ScalarType dtype, bool winograd);
 Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
@@ -142,7 +143,7 @@ STABLE_TORCH_LIBRARY(ddpm_fast, m) {
         "Tensor(d!)? next_input=None) -> ()");
   m.def(
       "group_norm(Tensor x, Tensor? skip, Tensor? shift, Tensor weight, Tensor bias, int groups, "
-      "float eps, bool silu) -> Tensor");
+      "float eps, bool silu, ScalarType? out_dtype=None) -> Tensor");
   m.def("pack_conv2d(Tensor weight, ScalarType dtype, bool winograd=False) -> Tensor");
   m.def(
       "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int out_channels, "

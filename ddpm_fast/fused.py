@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # many, are read for too little.
 FEWEST_CHANNELS = {torch.float32: 16, torch.bfloat16: 64}
 FEWEST_PIXELS = 49
-PACKING = 2  # one more with each change of what `ops.pack_conv2d` makes
+PACKING = 3  # one more with each change of what `ops.pack_conv2d` makes, or of a layer's parts
 _onednn = torch.ops.mkldnn
 
 
@@ -106,6 +106,9 @@ class Conv(Layer):
         )
         kernel = list(self.shape[2:])
         self.own_place = (self.shape[0], kernel, list(stride), list(padding), winograd)
+        # What x is best given in: Winograd's algorithm works in float32, and reads either.
+        is_small = self.is_own and winograd and dtype == torch.bfloat16
+        self.input_dtype = torch.float16 if is_small else dtype
         self.packing = _packing(dtype) if self.is_own else None
         bias_dtype = torch.float32 if self.is_own else dtype
         self.bias = None if bias is None else bias.detach().to(bias_dtype, copy=True)
@@ -197,11 +200,15 @@ class UpsampleConv(Layer):
 
 
 class Norm(Layer):
-    """GroupNorm, and SiLU if `silu`, in one pass; see `ops.group_norm`."""
+    """GroupNorm, and SiLU if `silu`, in one pass; see `ops.group_norm`.
 
-    def __init__(self, norm: nn.GroupNorm, silu: bool = True) -> None:
+    to: the convolution that takes the result, in the dtype that it is best given in.
+    """
+
+    def __init__(self, norm: nn.GroupNorm, silu: bool = True, to: Conv | None = None) -> None:
         super().__init__()
         self.groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
+        self.dtype = None if to is None else to.input_dtype
         self.weight = norm.weight.detach().float().clone()
         self.bias = norm.bias.detach().float().clone()
         self.is_fused = ops.resolve_backend("cpu")[0] == "cpu"
@@ -215,4 +222,6 @@ class Norm(Layer):
     ) -> Tensor:
         """Of x, whose channels `skip`'s follow, plus shift; affine: other weights and biases."""
         weight, bias = affine or (self.weight, self.bias)
-        return ops.group_norm(x, skip, shift, weight, bias, self.groups, self.eps, self.silu)
+        return ops.group_norm(
+            x, skip, shift, weight, bias, self.groups, self.eps, self.silu, self.dtype
+        )

@@ -43,14 +43,15 @@ class FusedResBlock(Layer):
         self.resample, self.scale_shift = block.resample, block.scale_shift
         self.is_fused = self.resample is None
         self.factors = (1,) * (2 - dims) + (2,) * dims
-        self.norm1, self.norm2 = Norm(block.norm1), Norm(block.norm2)
-        self.column = self._tabulate(block, table)
         bias = self.scale_shift  # otherwise it is in the table
         if block.resample == "up":
             self.conv1 = UpsampleConv(block.conv1, dtype, size, bias)
         else:
             self.conv1 = packed(block.conv1, dtype, size, bias)
         self.conv2 = packed(block.conv2, dtype, size)
+        self.norm1 = Norm(block.norm1, to=None if self.resample else self.conv1)
+        self.norm2 = Norm(block.norm2, to=self.conv2)
+        self.column = self._tabulate(block, table)
         self.shortcut = self.skip_shortcut = None
         if not isinstance(block.shortcut, nn.Identity):
             weight, bias = as_image(block.shortcut.weight), block.shortcut.bias

@@ -67,8 +67,8 @@ class FusedUNet(Layer):
             else:
                 self.up.append(self._fused(module, sizes[level]))
                 level -= 1
-        self.norm_out = Norm(unet.norm_out)
         self.conv_out = packed(unet.conv_out, dtype, sizes[0])
+        self.norm_out = Norm(unet.norm_out, to=self.conv_out)
         self.eval().requires_grad_(False)
 
     def _sizes(self) -> list[Size]:

@@ -202,6 +202,7 @@ def group_norm(
     groups: int,
     eps: float,
     silu: bool,
+    out_dtype: torch.dtype | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -209,13 +210,17 @@ def group_norm(
 
     x: (N, C, H, W), float32 or bfloat16, channels_last; with skip, likewise, its channels follow
     x's. shift, weight, bias: float32 (C,), (1, C) or (N, C), of all channels. Sums are float32.
-    Returns (N, C, H, W) in x's dtype, channels_last. On a CPU only; no gradients. Raises
-    RuntimeError where an argument is not so, and BackendError where `backend` is not available.
+    Returns (N, C, H, W), channels_last, in out_dtype: x's, if it is not given, or float16 where x
+    is bfloat16, for `conv2d` by Winograd's algorithm: beyond 65504 that is infinite. On a CPU only;
+    no gradients. Raises RuntimeError where an argument is not so, and BackendError where `backend`
+    is not available.
     """
     _refuse_grad("group_norm", x, skip, shift, weight, bias)
     if resolve_backend(x.device, backend)[0] != "cpu":
-        return fallback.group_norm(x, skip, shift, weight, bias, groups, eps, silu)
-    return torch.ops.ddpm_fast.group_norm.default(x, skip, shift, weight, bias, groups, eps, silu)
+        return fallback.group_norm(x, skip, shift, weight, bias, groups, eps, silu, out_dtype)
+    return torch.ops.ddpm_fast.group_norm.default(
+        x, skip, shift, weight, bias, groups, eps, silu, out_dtype
+    )
 
 
 def is_conv2d_fastest(dtype: torch.dtype) -> bool:
@@ -250,8 +255,9 @@ def conv2d(
 ) -> Tensor:
     """A convolution, as torch's, plus residual: summed in float32, rounded once.
 
-    x: (N, C, H, W), float32 or bfloat16, channels_last. weight: from `pack_conv2d`, for x's dtype.
-    bias: float32 (O,). residual: like the result, (N, O, H', W') in x's dtype, channels_last.
+    x: (N, C, H, W), float32 or bfloat16, channels_last; by Winograd's algorithm also float16, with
+    the weight for bfloat16. weight: from `pack_conv2d`, for x's dtype. bias: float32 (O,).
+    residual: like the result, (N, O, H', W') in x's dtype, or bfloat16 for float16, channels_last.
     kernel_size, stride, padding: of (height, width). winograd: by Winograd's algorithm with tiles
     of 4 x 4 (Lavin and Gray, 2015, equation 8), for kernels of 3 x 3 and stride 1; a quarter of the
     products, in float32 with about twice the error, and many channels must share what it costs.
