@@ -82,7 +82,8 @@ class Conv(Layer):
     The kernel is `ops.conv2d` where that is faster than oneDNN.
 
     weight (O, I, kH, kW) and bias (O) float32, padding on both sides; size: (H, W) of the usual
-    input, which decides the order of the weight, but not what may be given.
+    input, which decides the order of the weight, but not what may be given. exact: in bfloat16 by
+    Winograd's algorithm, whose weights are float16, with few channels on one side too.
     """
 
     def __init__(
@@ -93,15 +94,17 @@ class Conv(Layer):
         size: Size,
         padding: Size = (0, 0),
         stride: Size = (1, 1),
+        exact: bool = False,
     ) -> None:
         super().__init__()
         self.shape, self.size = tuple(weight.shape), size
         self.is_own = ops.is_conv2d_fastest(dtype)
         self.place = (list(padding), list(stride), [1, 1], 1)
+        channels = (max if exact and dtype == torch.bfloat16 else min)(self.shape[:2])
         winograd = (
             self.shape[2:] == (3, 3)
             and tuple(stride) == (1, 1)
-            and min(self.shape[:2]) >= FEWEST_CHANNELS[dtype]
+            and channels >= FEWEST_CHANNELS[dtype]
             and size[0] * size[1] >= FEWEST_PIXELS
         )
         kernel = list(self.shape[2:])

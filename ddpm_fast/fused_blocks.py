@@ -20,11 +20,14 @@ from .unet import Attention, Downsample, ResBlock, Stage, Upsample
 LONGEST_SCORES = 512  # positions up to which torch's attention keeps its scores whole
 
 
-def packed(conv: nn.Module, dtype: torch.dtype, size: Size, bias: bool = True) -> Conv:
+def packed(
+    conv: nn.Module, dtype: torch.dtype, size: Size, bias: bool = True, exact: bool = False
+) -> Conv:
     """A trained convolution, of one dimension or two, as a `Conv`."""
     missing = 2 - len(conv.padding)
     padding, stride = (0,) * missing + conv.padding, (1,) * missing + conv.stride
-    return Conv(as_image(conv.weight), conv.bias if bias else None, dtype, size, padding, stride)
+    bias = conv.bias if bias else None
+    return Conv(as_image(conv.weight), bias, dtype, size, padding, stride, exact)
 
 
 class FusedResBlock(Layer):

@@ -49,7 +49,7 @@ class FusedUNet(Layer):
         self.table = TimeTable(unet)
         sizes = self._sizes()
         level = 0
-        self.conv_in = packed(unet.conv_in, dtype, sizes[level])
+        self.conv_in = packed(unet.conv_in, dtype, sizes[level], exact=True)
         skips = [unet.config.base_channels]
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for module in unet.down:
@@ -67,7 +67,7 @@ class FusedUNet(Layer):
             else:
                 self.up.append(self._fused(module, sizes[level]))
                 level -= 1
-        self.conv_out = packed(unet.conv_out, dtype, sizes[0])
+        self.conv_out = packed(unet.conv_out, dtype, sizes[0], exact=True)
         self.norm_out = Norm(unet.norm_out, to=self.conv_out)
         self.eval().requires_grad_(False)
 
