@@ -18,6 +18,13 @@ inline void require_image(const char* name, const Tensor& t, ScalarType dtype) {
   }
 }
 
+// Of float32, bfloat16 and float16.
+inline DType kernel_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Float  ? DType::kFloat32
+         : dtype == ScalarType::Half ? DType::kFloat16
+                                     : DType::kBFloat16;
+}
+
 // Without the dispatcher, which costs a microsecond.
 inline Tensor empty_image(ScalarType dtype, int64_t n, int64_t channels, int64_t height,
                           int64_t width) {

@@ -53,10 +53,11 @@ Tensor group_norm(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> sh
                   Tensor bias, int64_t groups, double eps, bool silu,
                   std::optional<ScalarType> out_dtype) {
   const ScalarType dtype = x.scalar_type();
-  require(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
-          "x must be float32 or bfloat16, but it is ", dtype_name(dtype), ".");
+  const bool is_bfloat16 = dtype == ScalarType::BFloat16, is_half = dtype == ScalarType::Half;
+  require(dtype == ScalarType::Float || is_bfloat16 || is_half,
+          "x must be float32, bfloat16 or float16, but it is ", dtype_name(dtype), ".");
   const ScalarType to = out_dtype.value_or(dtype);
-  require(to == dtype || (dtype == ScalarType::BFloat16 && to == ScalarType::Half),
+  require(to == dtype || (is_bfloat16 && to == ScalarType::Half),
           "out_dtype must be x's, or float16 where that is bfloat16, but it is ", dtype_name(to),
           " for ", dtype_name(dtype), ".");
   require_image("x", x, dtype);
@@ -88,8 +89,8 @@ Tensor group_norm(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> sh
   args.groups = groups;
   args.eps = eps;
   args.silu = silu;
-  args.dtype = dtype == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16;
-  args.out_dtype = to == ScalarType::Half ? DType::kFloat16 : args.dtype;
+  args.dtype = kernel_dtype(dtype);
+  args.out_dtype = kernel_dtype(to);
   run(args);
   return out;
 }

@@ -23,7 +23,7 @@ Tensor group_norm(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> sh
 Tensor pack_conv2d(Tensor weight, ScalarType dtype, bool winograd);
 Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
               int64_t out_channels, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
-              std::vector<int64_t> padding, bool winograd);
+              std::vector<int64_t> padding, bool winograd, std::optional<ScalarType> out_dtype);
 Tensor upsample_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_channels);
 // In torch_attention.cpp.
 Tensor attention(Tensor query, Tensor key, Tensor value, int64_t heads);
@@ -147,7 +147,8 @@ STABLE_TORCH_LIBRARY(ddpm_fast, m) {
   m.def("pack_conv2d(Tensor weight, ScalarType dtype, bool winograd=False) -> Tensor");
   m.def(
       "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int out_channels, "
-      "int[] kernel_size, int[] stride, int[] padding, bool winograd=False) -> Tensor");
+      "int[] kernel_size, int[] stride, int[] padding, bool winograd=False, "
+      "ScalarType? out_dtype=None) -> Tensor");
   m.def("upsample_conv2d(Tensor x, Tensor weight, Tensor? bias, int out_channels) -> Tensor");
   m.def("attention(Tensor query, Tensor key, Tensor value, int heads) -> Tensor");
 }

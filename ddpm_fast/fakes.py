@@ -59,13 +59,24 @@ def register() -> None:
         return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=packed)
 
     @torch.library.register_fake("ddpm_fast::conv2d")
-    def _(x, weight, bias, residual, out_channels, kernel_size, stride, padding, winograd=False):
+    def _(
+        x,
+        weight,
+        bias,
+        residual,
+        out_channels,
+        kernel_size,
+        stride,
+        padding,
+        winograd=False,
+        out_dtype=None,
+    ):
         _require_one_device(x, weight, bias, residual)
         size = [
             (x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)
         ]
         dtype = torch.bfloat16 if x.dtype == torch.float16 else x.dtype
-        out = x.new_empty((x.shape[0], out_channels, *size), dtype=dtype)
+        out = x.new_empty((x.shape[0], out_channels, *size), dtype=out_dtype or dtype)
         return out.to(memory_format=torch.channels_last)
 
     @torch.library.register_fake("ddpm_fast::upsample_conv2d")

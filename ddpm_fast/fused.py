@@ -112,6 +112,7 @@ class Conv(Layer):
         # What x is best given in: Winograd's algorithm works in float32, and reads either.
         is_small = self.is_own and winograd and dtype == torch.bfloat16
         self.input_dtype = torch.float16 if is_small else dtype
+        self.out_dtype: torch.dtype | None = None  # as `ops.conv2d` takes it
         self.packing = _packing(dtype) if self.is_own else None
         bias_dtype = torch.float32 if self.is_own else dtype
         self.bias = None if bias is None else bias.detach().to(bias_dtype, copy=True)
@@ -140,7 +141,7 @@ class Conv(Layer):
     def forward(self, x: Tensor, to: Tensor | None = None) -> Tensor:
         """The convolution of x, plus `to`, rounded once."""
         if self.is_own:
-            return ops.conv2d(x, self.weight, self.bias, to, *self.own_place)
+            return ops.conv2d(x, self.weight, self.bias, to, *self.own_place, self.out_dtype)
         if not self.is_fused:
             padding, stride, _, _ = self.place
             y = F.conv2d(x, self.weight, self.bias, stride, padding)

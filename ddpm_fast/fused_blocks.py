@@ -30,6 +30,18 @@ def packed(
     return Conv(as_image(conv.weight), bias, dtype, size, padding, stride, exact)
 
 
+def fits_float16(block: ResBlock, size: Size) -> bool:
+    """Whether no input of this size, (H, W), can make the first convolution overflow it.
+
+    Of n values that were normalised together none is beyond sqrt(n).
+    """
+    norm, weight, bias = block.norm1, as_image(block.conv1.weight), block.conv1.bias
+    values = norm.num_channels // norm.num_groups * size[0] * size[1]
+    largest = norm.weight.detach().abs() * math.sqrt(values) + norm.bias.detach().abs()
+    sums = weight.abs().sum((2, 3)) @ largest.float() + bias.detach().abs()
+    return bool(sums.max() <= torch.finfo(torch.float16).max)
+
+
 class FusedResBlock(Layer):
     """See `unet.ResBlock`. The input may come in two parts, x and skip."""
 
@@ -54,6 +66,8 @@ class FusedResBlock(Layer):
         self.conv2 = packed(block.conv2, dtype, size)
         self.norm1 = Norm(block.norm1, to=None if self.resample else self.conv1)
         self.norm2 = Norm(block.norm2, to=self.conv2)
+        if self.norm1.dtype == self.norm2.dtype == torch.float16 and fits_float16(block, size):
+            self.conv1.out_dtype = torch.float16
         self.column = self._tabulate(block, table)
         self.shortcut = self.skip_shortcut = None
         if not isinstance(block.shortcut, nn.Identity):

@@ -58,6 +58,9 @@ struct SmallWeightProducts : Avx512Products {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(count), p));
   }
   static void store(BFloat16* p, F x, int64_t count) { store_rounded(p, x, lanes(count)); }
+  static void store(Float16* p, F x, int64_t count) {
+    _mm256_mask_storeu_epi16(p, lanes(count), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
 };
 
 }  // namespace
@@ -66,7 +69,7 @@ const ConvKernels kAvx512Bf16Conv = conv_kernels<PairProducts>("avx512_bf16");
 const ConvKernels kAvx512Bf16Winograd =
     winograd_kernels<SmallWeightProducts, BFloat16>("avx512_bf16");
 const ConvKernels kAvx512Fp16Winograd =
-    winograd_kernels<SmallWeightProducts, Float16, BFloat16>("avx512_bf16");
+    winograd_kernels<SmallWeightProducts, Float16, BFloat16, Float16>("avx512_bf16");
 const AttentionKernels kAvx512Bf16Attention = attention_kernels<PairProducts, Avx512>();
 
 }  // namespace ddpm_fast

@@ -211,8 +211,10 @@ void group_norm(const GroupNormArgs& args, int64_t begin, int64_t end, float* me
       norm_run<V, float>(NormRun<float>{args, sample, first, last, memory});
     } else if (args.out_dtype == DType::kBFloat16) {
       norm_run<V, BFloat16>(NormRun<BFloat16>{args, sample, first, last, memory});
-    } else {
+    } else if (args.dtype == DType::kBFloat16) {
       norm_run<V, Half>(NormRun<BFloat16>{args, sample, first, last, memory});
+    } else {
+      norm_run<V, Half>(NormRun<Half>{args, sample, first, last, memory});
     }
     i += last - first;
   }

@@ -183,7 +183,8 @@ void winograd_conv2d(const ConvArgs& args, int64_t begin, int64_t end, void* mem
   }
 }
 
-template <class D, class T, class Out = T>
+// Of one or two kinds of results.
+template <class D, class T, class Out = T, class Other = Out>
 constexpr ConvKernels winograd_kernels(const char* name) {
   return {name,
           dtype_of(typename D::Stored{}),
@@ -198,7 +199,12 @@ constexpr ConvKernels winograd_kernels(const char* name) {
           [](const ConvShape& shape) {
             return WinogradLayout<D>(shape).memory_floats() * int64_t{sizeof(float)};
           },
-          winograd_conv2d<D, T, Out>};
+          [](const ConvArgs& args, int64_t begin, int64_t end, void* memory) {
+            if (args.out_dtype == dtype_of(Out{})) {
+              return winograd_conv2d<D, T, Out>(args, begin, end, memory);
+            }
+            winograd_conv2d<D, T, Other>(args, begin, end, memory);
+          }};
 }
 
 }  // namespace
