@@ -131,7 +131,7 @@ Tensor pack_conv2d(Tensor weight, ScalarType dtype, bool winograd) {
 
 Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
               int64_t out_channels, Pair kernel_size, Pair stride, Pair padding, bool winograd,
-              std::optional<ScalarType> out_dtype) {
+              bool half) {
   const ScalarType dtype = x.scalar_type();
   const ConvKernels& kernel = kernels_for(dtype, winograd);
   require_image("x", x, dtype);
@@ -149,10 +149,8 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
       ", ", shape.kernel[0], ", ", shape.kernel[1], ").");
   args.samples = x.size(0);
   const bool is_half = dtype == ScalarType::Half;
-  const ScalarType to = out_dtype.value_or(is_half ? ScalarType::BFloat16 : dtype);
-  require(is_half ? to == dtype || to == ScalarType::BFloat16 : to == dtype,
-          "out_dtype must be x's, or bfloat16 where that is float16, but it is ", dtype_name(to),
-          " for ", dtype_name(dtype), ".");
+  require(!half || is_half, "half is for an x of float16, but it is ", dtype_name(dtype), ".");
+  const ScalarType to = is_half && !half ? ScalarType::BFloat16 : dtype;
   args.out_dtype = kernel_dtype(to);
   Tensor out = empty_image(to, args.samples, out_channels, shape.out_size[0], shape.out_size[1]);
   set_bias(bias, args);

@@ -50,16 +50,13 @@ void run(const GroupNormArgs& args) {
 }  // namespace
 
 Tensor group_norm(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> shift, Tensor weight,
-                  Tensor bias, int64_t groups, double eps, bool silu,
-                  std::optional<ScalarType> out_dtype) {
+                  Tensor bias, int64_t groups, double eps, bool silu, bool half) {
   const ScalarType dtype = x.scalar_type();
-  const bool is_bfloat16 = dtype == ScalarType::BFloat16, is_half = dtype == ScalarType::Half;
-  require(dtype == ScalarType::Float || is_bfloat16 || is_half,
+  const bool is_float32 = dtype == ScalarType::Float;
+  require(is_float32 || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
           "x must be float32, bfloat16 or float16, but it is ", dtype_name(dtype), ".");
-  const ScalarType to = out_dtype.value_or(dtype);
-  require(to == dtype || (is_bfloat16 && to == ScalarType::Half),
-          "out_dtype must be x's, or float16 where that is bfloat16, but it is ", dtype_name(to),
-          " for ", dtype_name(dtype), ".");
+  require(!half || !is_float32, "half is for an x of bfloat16 or float16, but it is float32.");
+  const ScalarType to = half ? ScalarType::Half : dtype;
   require_image("x", x, dtype);
   GroupNormArgs args{};
   args.samples = x.size(0);

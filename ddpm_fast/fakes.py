@@ -45,11 +45,11 @@ def register() -> None:
         _require_one_device(x_t, *args, *kwargs.values())
 
     @torch.library.register_fake("ddpm_fast::group_norm")
-    def _(x, skip, shift, weight, bias, groups, eps, silu, out_dtype=None):
+    def _(x, skip, shift, weight, bias, groups, eps, silu, half=False):
         _require_one_device(x, skip, shift, weight, bias)
         channels = x.shape[1] + (0 if skip is None else skip.shape[1])
         size = (x.shape[0], channels, *x.shape[2:])
-        out = x.new_empty(size, dtype=out_dtype or x.dtype)
+        out = x.new_empty(size, dtype=torch.float16 if half else x.dtype)
         return out.to(memory_format=torch.channels_last)
 
     @torch.library.register_fake("ddpm_fast::pack_conv2d")
@@ -69,14 +69,14 @@ def register() -> None:
         stride,
         padding,
         winograd=False,
-        out_dtype=None,
+        half=False,
     ):
         _require_one_device(x, weight, bias, residual)
         size = [
             (x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)
         ]
-        dtype = torch.bfloat16 if x.dtype == torch.float16 else x.dtype
-        out = x.new_empty((x.shape[0], out_channels, *size), dtype=out_dtype or dtype)
+        dtype = torch.bfloat16 if x.dtype == torch.float16 and not half else x.dtype
+        out = x.new_empty((x.shape[0], out_channels, *size), dtype=dtype)
         return out.to(memory_format=torch.channels_last)
 
     @torch.library.register_fake("ddpm_fast::upsample_conv2d")

@@ -109,10 +109,10 @@ class Conv(Layer):
         )
         kernel = list(self.shape[2:])
         self.own_place = (self.shape[0], kernel, list(stride), list(padding), winograd)
-        # What x is best given in: Winograd's algorithm works in float32, and reads either.
-        is_small = self.is_own and winograd and dtype == torch.bfloat16
-        self.input_dtype = torch.float16 if is_small else dtype
-        self.out_dtype: torch.dtype | None = None  # as `ops.conv2d` takes it
+        # Winograd's algorithm works in float32: then x is rounded less as float16, and the result
+        # may be float16 too, if `half` is set.
+        self.takes_half = self.is_own and winograd and dtype == torch.bfloat16
+        self.half = False
         self.packing = _packing(dtype) if self.is_own else None
         bias_dtype = torch.float32 if self.is_own else dtype
         self.bias = None if bias is None else bias.detach().to(bias_dtype, copy=True)
@@ -141,7 +141,7 @@ class Conv(Layer):
     def forward(self, x: Tensor, to: Tensor | None = None) -> Tensor:
         """The convolution of x, plus `to`, rounded once."""
         if self.is_own:
-            return ops.conv2d(x, self.weight, self.bias, to, *self.own_place, self.out_dtype)
+            return ops.conv2d(x, self.weight, self.bias, to, *self.own_place, self.half)
         if not self.is_fused:
             padding, stride, _, _ = self.place
             y = F.conv2d(x, self.weight, self.bias, stride, padding)
@@ -206,13 +206,13 @@ class UpsampleConv(Layer):
 class Norm(Layer):
     """GroupNorm, and SiLU if `silu`, in one pass; see `ops.group_norm`.
 
-    to: the convolution that takes the result, in the dtype that it is best given in.
+    to: the convolution that takes the result, as float16 if it `takes_half`.
     """
 
     def __init__(self, norm: nn.GroupNorm, silu: bool = True, to: Conv | None = None) -> None:
         super().__init__()
         self.groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
-        self.dtype = None if to is None else to.input_dtype
+        self.half = to is not None and to.takes_half
         self.weight = norm.weight.detach().float().clone()
         self.bias = norm.bias.detach().float().clone()
         self.is_fused = ops.resolve_backend("cpu")[0] == "cpu"
@@ -227,5 +227,5 @@ class Norm(Layer):
         """Of x, whose channels `skip`'s follow, plus shift; affine: other weights and biases."""
         weight, bias = affine or (self.weight, self.bias)
         return ops.group_norm(
-            x, skip, shift, weight, bias, self.groups, self.eps, self.silu, self.dtype
+            x, skip, shift, weight, bias, self.groups, self.eps, self.silu, self.half
         )

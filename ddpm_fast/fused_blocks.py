@@ -26,19 +26,19 @@ def packed(
     """A trained convolution, of one dimension or two, as a `Conv`."""
     missing = 2 - len(conv.padding)
     padding, stride = (0,) * missing + conv.padding, (1,) * missing + conv.stride
-    bias = conv.bias if bias else None
-    return Conv(as_image(conv.weight), bias, dtype, size, padding, stride, exact)
+    weight, values = as_image(conv.weight), conv.bias if bias else None
+    return Conv(weight, values, dtype, size, padding, stride, exact)
 
 
-def fits_float16(block: ResBlock, size: Size) -> bool:
-    """Whether no input of this size, (H, W), can make the first convolution overflow it.
+def _fits_half(block: ResBlock, size: Size) -> bool:
+    """Whether no input of this size makes the first convolution overflow float16.
 
-    Of n values that were normalised together none is beyond sqrt(n).
+    Of n values that are normalised together none is beyond sqrt(n).
     """
-    norm, weight, bias = block.norm1, as_image(block.conv1.weight), block.conv1.bias
+    norm, conv = block.norm1, block.conv1
     values = norm.num_channels // norm.num_groups * size[0] * size[1]
-    largest = norm.weight.detach().abs() * math.sqrt(values) + norm.bias.detach().abs()
-    sums = weight.abs().sum((2, 3)) @ largest.float() + bias.detach().abs()
+    largest = math.sqrt(values) * norm.weight.detach().abs() + norm.bias.detach().abs()
+    sums = as_image(conv.weight).abs().sum((2, 3)) @ largest.float() + conv.bias.detach().abs()
     return bool(sums.max() <= torch.finfo(torch.float16).max)
 
 
@@ -66,8 +66,8 @@ class FusedResBlock(Layer):
         self.conv2 = packed(block.conv2, dtype, size)
         self.norm1 = Norm(block.norm1, to=None if self.resample else self.conv1)
         self.norm2 = Norm(block.norm2, to=self.conv2)
-        if self.norm1.dtype == self.norm2.dtype == torch.float16 and fits_float16(block, size):
-            self.conv1.out_dtype = torch.float16
+        if self.norm1.half and self.norm2.half:
+            self.conv1.half = _fits_half(block, size)
         self.column = self._tabulate(block, table)
         self.shortcut = self.skip_shortcut = None
         if not isinstance(block.shortcut, nn.Identity):

@@ -202,7 +202,7 @@ def group_norm(
     groups: int,
     eps: float,
     silu: bool,
-    out_dtype: torch.dtype | None = None,
+    half: bool = False,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -210,15 +210,15 @@ def group_norm(
 
     x: (N, C, H, W), float32, bfloat16 or float16, channels_last; with skip, likewise, its channels
     follow x's. shift, weight, bias: float32 (C,), (1, C) or (N, C), of all channels. Sums are
-    float32. out_dtype: of the result (N, C, H, W), channels_last: x's, or for bfloat16 also float16,
-    where what is beyond 65504 is infinite. On a CPU only; no gradients. Raises RuntimeError where an
-    argument is not so, and BackendError where `backend` is not available.
+    float32. Returns (N, C, H, W), channels_last, in x's dtype, or with `half`, which float32 cannot
+    have, in float16, where what is beyond 65504 is infinite. On a CPU only; no gradients. Raises
+    RuntimeError where an argument is not so, and BackendError where `backend` is not available.
     """
     _refuse_grad("group_norm", x, skip, shift, weight, bias)
     if resolve_backend(x.device, backend)[0] != "cpu":
-        return fallback.group_norm(x, skip, shift, weight, bias, groups, eps, silu, out_dtype)
+        return fallback.group_norm(x, skip, shift, weight, bias, groups, eps, silu, half)
     return torch.ops.ddpm_fast.group_norm.default(
-        x, skip, shift, weight, bias, groups, eps, silu, out_dtype
+        x, skip, shift, weight, bias, groups, eps, silu, half
     )
 
 
@@ -251,14 +251,14 @@ def conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     winograd: bool = False,
-    out_dtype: torch.dtype | None = None,
+    half: bool = False,
 ) -> Tensor:
     """A convolution, as torch's, plus residual: summed in float32, rounded once.
 
     x: (N, C, H, W), float32 or bfloat16, channels_last; by Winograd's algorithm also float16, with
     the weight for bfloat16. weight: from `pack_conv2d`, for x's dtype. bias: float32 (O,).
-    out_dtype: of the result (N, O, H', W'), channels_last: x's, but for float16 bfloat16, unless it
-    is given as float16. residual: like the result.
+    residual: like the result, (N, O, H', W') in x's dtype, channels_last; but for float16 both are
+    bfloat16, unless the result is to stay float16, `half`.
     kernel_size, stride, padding: of (height, width). winograd: by Winograd's algorithm with tiles
     of 4 x 4 (Lavin and Gray, 2015, equation 8), for kernels of 3 x 3 and stride 1; a quarter of the
     products, in float32 with about twice the error, and many channels must share what it costs.
@@ -269,7 +269,7 @@ def conv2d(
     _require_extension()
     _refuse_grad("conv2d", x, weight, bias, residual)
     return torch.ops.ddpm_fast.conv2d.default(
-        x, weight, bias, residual, out_channels, kernel_size, stride, padding, winograd, out_dtype
+        x, weight, bias, residual, out_channels, kernel_size, stride, padding, winograd, half
     )
 
 

@@ -123,6 +123,21 @@ def test_winograd_is_the_convolution(dtype, layer):
         assert apart.norm() <= {F32: 3e-6, BF16: 3e-3}[dtype] * want.norm()
 
 
+@pytest.mark.parametrize("layer", LAYERS_3X3, ids=str)
+def test_winograd_of_float16(bfloat16, layer):
+    """As of float32, but for the weights; the result is what that is rounded to."""
+    x, weight, bias, residual = case(layer, 3, torch.float16)
+    packed = ops.pack_conv2d(weight.float(), BF16, True)
+    assert torch.equal(packed, ops.pack_conv2d(weight.float(), torch.float16, True))
+    for half, r in ((False, residual.to(BF16)), (False, None), (True, residual), (True, None)):
+        want = F.conv2d(x.double(), weight.double(), bias.double(), 1, layer[4])
+        want = want if r is None else want + r.double()
+        got = ops.conv2d(x, packed, bias, r, *layer[1:5], True, half)
+        assert got.dtype == (torch.float16 if half else BF16)
+        assert got.is_contiguous(memory_format=LAST)
+        assert (got.double() - want).norm() <= (1.5e-3 if half else 2.5e-3) * want.norm()
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-7, 1.0, 1e8])
 def test_winograds_weights_have_any_size(dtype, size):
     """Also where they are kept as float16."""
@@ -212,6 +227,9 @@ def test_opcheck(dtype, winograd):
     for b, r in ((None, None), (bias, residual)):
         arguments = (x, packed, b, r, *settings, winograd)
         torch.library.opcheck(torch.ops.ddpm_fast.conv2d.default, arguments)
+    for half in (False, True) if winograd and dtype == BF16 else ():
+        arguments = (x.half(), packed, bias, None, *settings, winograd, half)
+        torch.library.opcheck(torch.ops.ddpm_fast.conv2d.default, arguments)
     torch.library.opcheck(torch.ops.ddpm_fast.pack_conv2d.default, (weight, dtype, winograd))
     phases = torch.stack([ops.pack_conv2d(weight[:, :, :2, :2], dtype)] * 4)
     torch.library.opcheck(torch.ops.ddpm_fast.upsample_conv2d.default, (x, phases, bias, 6))
@@ -248,6 +266,7 @@ def test_a_thread_keeps_little_memory(dtype):
         ({"winograd": True}, "weight must be float16, but it is bfloat16"),
         ({"winograd": True, "stride": [1, 2]}, "winograd is for stride 1, but it is 1 and 2"),
         ({"winograd": True, "kernel_size": [3, 2]}, "kernels of 3 x 3, but this is 3 x 2"),
+        ({"half": True}, "half is for an x of float16, but it is bfloat16"),
         ({"weight": torch.zeros(6, 4, 3, 3, dtype=BF16)}, "weight must be what pack_conv2d makes"),
         ({"weight": torch.zeros(6)}, "weight must be bfloat16, but it is float32"),
         ({"bias": torch.zeros(4)}, r"bias must have the shape \(6,\), but it is \(4\)"),
