@@ -23,7 +23,7 @@ struct GroupNormArgs {
   int64_t samples, pixels, groups;
   double eps;
   bool silu;
-  DType dtype;  // of x and out: float32 or bfloat16
+  DType dtype, out_dtype;  // of x; of out: x's, or float16 for bfloat16
 };
 
 // A convolution's layer on samples of one size; pairs are (height, width).
@@ -41,6 +41,7 @@ struct ConvArgs {
   const void *x, *weight;                  // weight: as ConvKernels::pack made it
   const float* bias;                       // or null
   const void* residual;                    // or null; like out
+  DType out_dtype;                         // x's; for float16 this or bfloat16
 };
 
 // (samples, positions, heads * channels), whose channels are neighbours; `sample` and `position`
@@ -101,9 +102,9 @@ struct AttentionKernels {
   void (*attention)(const AttentionArgs&, int64_t begin, int64_t end, void* memory);
 };
 
-// winograd: by Winograd's algorithm, which is for kernels of 3 x 3 and stride 1. Null where the
-// level in use is below AVX2, and for bfloat16 where it is below AVX-512 or the CPU lacks
-// AVX512-BF16.
+// dtype: of x. winograd: by Winograd's algorithm, which is for kernels of 3 x 3 and stride 1;
+// float16 has no other. Null where the level in use is below AVX2, and but for float32 where it is
+// below AVX-512 or the CPU lacks AVX512-BF16.
 const ConvKernels* conv_kernels(DType dtype, bool winograd);
 // Null where the level in use is below AVX-512, and for bfloat16 where the CPU lacks AVX512-BF16.
 const AttentionKernels* attention_kernels(DType dtype);
@@ -120,7 +121,7 @@ extern const CpuKernels kAvx512Kernels;
 extern const GroupNormKernel kAvx512Bf16GroupNorm;
 extern const ConvKernels kAvx2Conv, kAvx2Winograd;
 extern const ConvKernels kAvx512Conv, kAvx512Winograd;
-extern const ConvKernels kAvx512Bf16Conv, kAvx512Bf16Winograd;
+extern const ConvKernels kAvx512Bf16Conv, kAvx512Bf16Winograd, kAvx512Fp16Winograd;
 extern const AttentionKernels kAvx512Attention, kAvx512Bf16Attention;
 
 // Launchers; each returns cudaError_t. A bad row of a step leaves its sample as it was and sets the

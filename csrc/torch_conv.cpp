@@ -13,13 +13,12 @@ using Pair = std::vector<int64_t>;
 constexpr int64_t kMostTaps = 1 << 10;  // along a side
 
 const ConvKernels& kernels_for(ScalarType dtype, bool winograd) {
-  const bool is_bfloat16 = dtype == ScalarType::BFloat16;
-  require(is_bfloat16 || dtype == ScalarType::Float,
+  const bool is_float32 = dtype == ScalarType::Float;
+  require(is_float32 || dtype == ScalarType::BFloat16 || (dtype == ScalarType::Half && winograd),
           "conv2d is for float32 and bfloat16, but the dtype is ", dtype_name(dtype), ".");
-  const ConvKernels* found =
-      conv_kernels(is_bfloat16 ? DType::kBFloat16 : DType::kFloat32, winograd);
-  require(found != nullptr, "conv2d needs a CPU with ", is_bfloat16 ? "AVX512-BF16" : "AVX2",
-          ", and DDPM_FAST_CPU not below ", is_bfloat16 ? "avx512" : "avx2",
+  const ConvKernels* found = conv_kernels(kernel_dtype(dtype), winograd);
+  require(found != nullptr, "conv2d needs a CPU with ", is_float32 ? "AVX2" : "AVX512-BF16",
+          ", and DDPM_FAST_CPU not below ", is_float32 ? "avx2" : "avx512",
           "; use torch.nn.functional.conv2d.");
   return *found;
 }
@@ -131,7 +130,8 @@ Tensor pack_conv2d(Tensor weight, ScalarType dtype, bool winograd) {
 }
 
 Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
-              int64_t out_channels, Pair kernel_size, Pair stride, Pair padding, bool winograd) {
+              int64_t out_channels, Pair kernel_size, Pair stride, Pair padding, bool winograd,
+              bool half) {
   const ScalarType dtype = x.scalar_type();
   const ConvKernels& kernel = kernels_for(dtype, winograd);
   require_image("x", x, dtype);
@@ -148,10 +148,14 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
       "weight must be what pack_conv2d makes of a weight (", out_channels, ", ", shape.in_channels,
       ", ", shape.kernel[0], ", ", shape.kernel[1], ").");
   args.samples = x.size(0);
-  Tensor out = empty_image(dtype, args.samples, out_channels, shape.out_size[0], shape.out_size[1]);
+  const bool is_half = dtype == ScalarType::Half;
+  require(!half || is_half, "half is for an x of float16, but it is ", dtype_name(dtype), ".");
+  const ScalarType to = is_half && !half ? ScalarType::BFloat16 : dtype;
+  args.out_dtype = kernel_dtype(to);
+  Tensor out = empty_image(to, args.samples, out_channels, shape.out_size[0], shape.out_size[1]);
   set_bias(bias, args);
   if (residual) {
-    require_image("residual", *residual, dtype);
+    require_image("residual", *residual, to);
     require_same_shape("residual", *residual, "the result", out);
     args.residual = residual->const_data_ptr();
   }

@@ -18,16 +18,24 @@ inline void require_image(const char* name, const Tensor& t, ScalarType dtype) {
   }
 }
 
+// Of float32, bfloat16 and float16.
+inline DType kernel_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Float  ? DType::kFloat32
+         : dtype == ScalarType::Half ? DType::kFloat16
+                                     : DType::kBFloat16;
+}
+
 // Without the dispatcher, which costs a microsecond.
 inline Tensor empty_image(ScalarType dtype, int64_t n, int64_t channels, int64_t height,
                           int64_t width) {
   const int64_t sizes[] = {n, channels, height, width};
   const int64_t strides[] = {channels * height * width, 1, channels * width, channels};
+  const int32_t type = dtype == ScalarType::Float  ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::Half ? aoti_torch_dtype_float16()
+                                                   : aoti_torch_dtype_bfloat16();
   AtenTensorHandle image;
-  const auto failed = aoti_torch_empty_strided(
-      4, sizes, strides,
-      dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(),
-      aoti_torch_device_type_cpu(), 0, &image);
+  const auto failed =
+      aoti_torch_empty_strided(4, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &image);
   require(!failed, "there is not enough memory for a result of ", n, " x ", channels, " x ", height,
           " x ", width, " ", dtype_name(dtype), "; use smaller batches.");
   return Tensor(image);

@@ -50,10 +50,13 @@ void run(const GroupNormArgs& args) {
 }  // namespace
 
 Tensor group_norm(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> shift, Tensor weight,
-                  Tensor bias, int64_t groups, double eps, bool silu) {
+                  Tensor bias, int64_t groups, double eps, bool silu, bool half) {
   const ScalarType dtype = x.scalar_type();
-  require(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
-          "x must be float32 or bfloat16, but it is ", dtype_name(dtype), ".");
+  const bool is_float32 = dtype == ScalarType::Float;
+  require(is_float32 || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+          "x must be float32, bfloat16 or float16, but it is ", dtype_name(dtype), ".");
+  require(!half || !is_float32, "half is for an x of bfloat16 or float16, but it is float32.");
+  const ScalarType to = half ? ScalarType::Half : dtype;
   require_image("x", x, dtype);
   GroupNormArgs args{};
   args.samples = x.size(0);
@@ -71,7 +74,7 @@ Tensor group_norm(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> sh
   const int64_t channels = args.channels[0] + args.channels[1];
   require(groups > 0 && channels % groups == 0, "groups must divide the ", channels,
           " channels, but it is ", groups, ".");
-  Tensor out = empty_image(dtype, args.samples, channels, x.size(2), x.size(3));
+  Tensor out = empty_image(to, args.samples, channels, x.size(2), x.size(3));
   args.out = out.mutable_data_ptr();
   args.shift_stride = shift ? row_stride("shift", *shift, out) : 0;
   args.shift = shift ? read<float>(*shift) : nullptr;
@@ -83,7 +86,8 @@ Tensor group_norm(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> sh
   args.groups = groups;
   args.eps = eps;
   args.silu = silu;
-  args.dtype = dtype == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16;
+  args.dtype = kernel_dtype(dtype);
+  args.out_dtype = kernel_dtype(to);
   run(args);
   return out;
 }

@@ -17,12 +17,12 @@ void p_sample_step_(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor
                     std::optional<Tensor> next_input);
 // In torch_norm.cpp.
 Tensor group_norm(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> shift, Tensor weight,
-                  Tensor bias, int64_t groups, double eps, bool silu);
+                  Tensor bias, int64_t groups, double eps, bool silu, bool half);
 // In torch_conv.cpp.
 Tensor pack_conv2d(Tensor weight, ScalarType dtype, bool winograd);
 Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
               int64_t out_channels, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
-              std::vector<int64_t> padding, bool winograd);
+              std::vector<int64_t> padding, bool winograd, bool half);
 Tensor upsample_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_channels);
 // In torch_attention.cpp.
 Tensor attention(Tensor query, Tensor key, Tensor value, int64_t heads);
@@ -142,11 +142,12 @@ STABLE_TORCH_LIBRARY(ddpm_fast, m) {
         "Tensor(d!)? next_input=None) -> ()");
   m.def(
       "group_norm(Tensor x, Tensor? skip, Tensor? shift, Tensor weight, Tensor bias, int groups, "
-      "float eps, bool silu) -> Tensor");
+      "float eps, bool silu, bool half=False) -> Tensor");
   m.def("pack_conv2d(Tensor weight, ScalarType dtype, bool winograd=False) -> Tensor");
   m.def(
       "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int out_channels, "
-      "int[] kernel_size, int[] stride, int[] padding, bool winograd=False) -> Tensor");
+      "int[] kernel_size, int[] stride, int[] padding, bool winograd=False, "
+      "bool half=False) -> Tensor");
   m.def("upsample_conv2d(Tensor x, Tensor weight, Tensor? bias, int out_channels) -> Tensor");
   m.def("attention(Tensor query, Tensor key, Tensor value, int heads) -> Tensor");
 }

@@ -25,10 +25,15 @@ def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def require_dtype(name: str, t: Tensor, *dtypes: torch.dtype) -> None:
+def require_one_of(name: str, t: Tensor, *dtypes: torch.dtype) -> None:
     *first, last = map(_dtype, dtypes)
     wanted = f"{', '.join(first)} or {last}" if first else last
     require(t.dtype in dtypes, f"{name} must be {wanted}, but it is {_dtype(t.dtype)}.")
+
+
+def require_dtype(name: str, t: Tensor, *dtypes: torch.dtype) -> None:
+    """And that it is aligned, for which it must have data."""
+    require_one_of(name, t, *dtypes)
     require(
         t.is_meta or t.data_ptr() % t.element_size() == 0,
         f"{name} must begin at a multiple of its elements' {t.element_size()} bytes; pass a copy.",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import fallback
+from .checks import require_one_of
 from .memory import require
 
 LAYER_DTYPES = (torch.float32, torch.bfloat16)  # of what a layer is given, and makes
@@ -27,19 +28,14 @@ def _require_one_device(*tensors: Tensor | None) -> None:
         )
 
 
-def _require_dtype(name: str, t: Tensor, *dtypes: torch.dtype) -> None:
-    *wanted, got = (str(dtype).removeprefix("torch.") for dtype in (*dtypes, t.dtype))
-    require(t.dtype in dtypes, f"{name} must be {' or '.join(wanted)}, but it is {got}.")
-
-
 def _require_image(name: str, t: Tensor, *dtypes: torch.dtype) -> None:
-    _require_dtype(name, t, *dtypes)
+    require_one_of(name, t, *dtypes)
     shape = tuple(t.shape)
     require(t.ndim == 4, f"{name} must be of the shape (N, C, H, W), but it is {shape}.")
 
 
 def _require_like(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
-    _require_dtype(name, t, like.dtype)
+    require_one_of(name, t, like.dtype)
     shape, got = tuple(like.shape), tuple(t.shape)
     require(got == shape, f"{name} must have the shape of {like_name}, {shape}, but it is {got}.")
 
@@ -75,9 +71,9 @@ def register() -> None:
         _require_one_device(x_t, *args, *kwargs.values())
 
     @torch.library.register_fake("ddpm_fast::group_norm")
-    def _(x, skip, shift, weight, bias, groups, eps, silu):
+    def _(x, skip, shift, weight, bias, groups, eps, silu, half=False):
         _require_one_device(x, skip, shift, weight, bias)
-        _require_image("x", x, *LAYER_DTYPES)
+        _require_image("x", x, *LAYER_DTYPES, torch.float16)
         n, channels, *pixels = x.shape
         if skip is not None:
             _require_image("skip", skip, x.dtype)
@@ -88,7 +84,8 @@ def register() -> None:
             )
             channels += skip.shape[1]
         size = (n, channels, *pixels)
-        return x.new_empty(size).to(memory_format=torch.channels_last)
+        out = x.new_empty(size, dtype=torch.float16 if half else x.dtype)
+        return out.to(memory_format=torch.channels_last)
 
     @torch.library.register_fake("ddpm_fast::pack_conv2d")
     def _(weight, dtype, winograd=False):
@@ -97,9 +94,20 @@ def register() -> None:
         return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=packed)
 
     @torch.library.register_fake("ddpm_fast::conv2d")
-    def _(x, weight, bias, residual, out_channels, kernel_size, stride, padding, winograd=False):
+    def _(
+        x,
+        weight,
+        bias,
+        residual,
+        out_channels,
+        kernel_size,
+        stride,
+        padding,
+        winograd=False,
+        half=False,
+    ):
         _require_one_device(x, weight, bias, residual)
-        _require_image("x", x, *LAYER_DTYPES)
+        _require_image("x", x, *LAYER_DTYPES, *(torch.float16,) * winograd)
         _require_pair("kernel_size", kernel_size, 1)
         _require_pair("stride", stride, 1)
         _require_pair("padding", padding, 0)
@@ -109,7 +117,9 @@ def register() -> None:
             f"x, {tuple(x.shape)}, must be as large as the kernel, with its padding.",
         )
         size = [room[i] // stride[i] + 1 for i in range(2)]
-        out = x.new_empty((x.shape[0], out_channels, *size)).to(memory_format=torch.channels_last)
+        dtype = torch.bfloat16 if x.dtype == torch.float16 and not half else x.dtype
+        out = x.new_empty((x.shape[0], out_channels, *size), dtype=dtype)
+        out = out.to(memory_format=torch.channels_last)
         if residual is not None:
             _require_like("residual", residual, "the result", out)
         return out

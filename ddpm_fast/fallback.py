@@ -136,6 +136,7 @@ def group_norm(
     groups: int,
     eps: float,
     silu: bool,
+    half: bool = False,
 ) -> Tensor:
     h = (x if skip is None else torch.cat((x, skip), 1)).float()
 
@@ -145,7 +146,7 @@ def group_norm(
     if shift is not None:
         h = h + per_channel(shift)
     h = F.group_norm(h, groups, eps=eps) * per_channel(weight) + per_channel(bias)
-    h = (F.silu(h) if silu else h).to(x.dtype)
+    h = (F.silu(h) if silu else h).to(torch.float16 if half else x.dtype)
     return h.contiguous(memory_format=torch.channels_last)
 
 

@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 FEWEST_CHANNELS = {torch.float32: 16, torch.bfloat16: 64}
 FEWEST_PIXELS = 49
 LONGEST_SCORES = 512  # positions up to which torch's attention keeps its scores whole
-PACKING = 2  # one more with each change of what `ops.pack_conv2d` makes
+PACKING = 3  # one more with each change of what `ops.pack_conv2d` makes, or of a layer's parts
 _onednn = torch.ops.mkldnn
 
 
@@ -91,7 +91,8 @@ class Conv(Layer):
     The kernel is `ops.conv2d` where that is faster than oneDNN.
 
     weight (O, I, kH, kW) and bias (O) float32, padding on both sides; size: (H, W) of the usual
-    input, which decides the order of the weight, but not what may be given.
+    input, which decides the order of the weight, but not what may be given. exact: in bfloat16 by
+    Winograd's algorithm, whose weights are float16, with few channels on one side too.
     """
 
     def __init__(
@@ -102,19 +103,25 @@ class Conv(Layer):
         size: Size,
         padding: Size = (0, 0),
         stride: Size = (1, 1),
+        exact: bool = False,
     ) -> None:
         super().__init__()
         self.shape, self.size = tuple(weight.shape), size
         self.is_own = ops.is_conv2d_fastest(dtype)
         self.place = (list(padding), list(stride), [1, 1], 1)
+        channels = (max if exact and dtype == torch.bfloat16 else min)(self.shape[:2])
         winograd = (
             self.shape[2:] == (3, 3)
             and tuple(stride) == (1, 1)
-            and min(self.shape[:2]) >= FEWEST_CHANNELS[dtype]
+            and channels >= FEWEST_CHANNELS[dtype]
             and size[0] * size[1] >= FEWEST_PIXELS
         )
         kernel = list(self.shape[2:])
         self.own_place = (self.shape[0], kernel, list(stride), list(padding), winograd)
+        # Winograd's algorithm works in float32: then x is rounded less as float16, and the result
+        # may be float16 too, if `half` is set.
+        self.takes_half = self.is_own and winograd and dtype == torch.bfloat16
+        self.half = False
         self.packing = _packing(dtype) if self.is_own else None
         bias_dtype = torch.float32 if self.is_own else dtype
         self.bias = None if bias is None else bias.detach().to(bias_dtype, copy=True)
@@ -143,7 +150,7 @@ class Conv(Layer):
     def forward(self, x: Tensor, to: Tensor | None = None) -> Tensor:
         """The convolution of x, plus `to`, rounded once."""
         if self.is_own:
-            return ops.conv2d(x, self.weight, self.bias, to, *self.own_place)
+            return ops.conv2d(x, self.weight, self.bias, to, *self.own_place, self.half)
         if not self.is_fused:
             padding, stride, _, _ = self.place
             y = F.conv2d(x, self.weight, self.bias, stride, padding)
@@ -210,11 +217,15 @@ class UpsampleConv(Layer):
 
 
 class Norm(Layer):
-    """GroupNorm, and SiLU if `silu`, in one pass; see `ops.group_norm`."""
+    """GroupNorm, and SiLU if `silu`, in one pass; see `ops.group_norm`.
 
-    def __init__(self, norm: nn.GroupNorm, silu: bool = True) -> None:
+    to: the convolution that takes the result, as float16 if it `takes_half`.
+    """
+
+    def __init__(self, norm: nn.GroupNorm, silu: bool = True, to: Conv | None = None) -> None:
         super().__init__()
         self.groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
+        self.half = to is not None and to.takes_half
         self.weight = norm.weight.detach().float().clone()
         self.bias = norm.bias.detach().float().clone()
         self.is_fused = ops.resolve_backend("cpu")[0] == "cpu"
@@ -228,7 +239,9 @@ class Norm(Layer):
     ) -> Tensor:
         """Of x, whose channels `skip`'s follow, plus shift; affine: other weights and biases."""
         weight, bias = affine or (self.weight, self.bias)
-        return ops.group_norm(x, skip, shift, weight, bias, self.groups, self.eps, self.silu)
+        return ops.group_norm(
+            x, skip, shift, weight, bias, self.groups, self.eps, self.silu, self.half
+        )
 
 
 class Shortcut(Layer):
@@ -292,11 +305,11 @@ class CpuLayers:
     def time_table(self, unet: UNet) -> TimeTable:
         return TimeTable(unet)
 
-    def conv(self, conv: nn.Module, size: Size, bias: bool = True) -> Conv:
-        """A convolution of one dimension or two."""
+    def conv(self, conv: nn.Module, size: Size, bias: bool = True, exact: bool = False) -> Conv:
+        """A convolution of one dimension or two. exact: see `Conv`."""
         padding, stride = as_pair(conv.padding, 0), as_pair(conv.stride, 1)
-        weight, bias = as_image(conv.weight), conv.bias if bias else None
-        return Conv(weight, bias, self.dtype, size, padding, stride)
+        weight, values = as_image(conv.weight), conv.bias if bias else None
+        return Conv(weight, values, self.dtype, size, padding, stride, exact)
 
     def upsample(self, conv: nn.Module, size: Size, bias: bool = True) -> UpsampleConv:
         """A convolution that follows nearest-neighbour doubling."""
@@ -309,8 +322,9 @@ class CpuLayers:
     def shortcut(self, conv: nn.Module, size: Size, skip_channels: int) -> Shortcut:
         return Shortcut(as_image(conv.weight), conv.bias, self.dtype, size, skip_channels)
 
-    def norm(self, norm: nn.GroupNorm, silu: bool = True) -> Norm:
-        return Norm(norm, silu)
+    def norm(self, norm: nn.GroupNorm, silu: bool = True, to: nn.Module | None = None) -> Norm:
+        """to: the convolution that takes the result."""
+        return Norm(norm, silu, to)
 
     def attend(self, heads: int) -> Attend:
         return Attend(heads, self.dtype)

@@ -22,6 +22,18 @@ Layers = CpuLayers | GpuLayers
 Activation = Tensor | Features  # what layers give each other
 
 
+def _fits_half(block: ResBlock, size: Size) -> bool:
+    """Whether no input of this size makes the first convolution overflow float16.
+
+    Of n values that are normalised together none is beyond sqrt(n).
+    """
+    norm, conv = block.norm1, block.conv1
+    values = norm.num_channels // norm.num_groups * size[0] * size[1]
+    largest = math.sqrt(values) * norm.weight.detach().abs() + norm.bias.detach().abs()
+    sums = as_image(conv.weight).abs().sum((2, 3)) @ largest.float() + conv.bias.detach().abs()
+    return bool(sums.max() <= torch.finfo(torch.float16).max)
+
+
 class FusedResBlock(Layer):
     """See `unet.ResBlock`. The input may come in two parts, x and skip."""
 
@@ -38,13 +50,16 @@ class FusedResBlock(Layer):
         self.resample, self.scale_shift = block.resample, block.scale_shift
         self.is_fused = self.resample is None
         self.factors = (1,) * (2 - dims) + (2,) * dims
-        self.norm1, self.norm2 = layers.norm(block.norm1), layers.norm(block.norm2)
-        self.column = self._tabulate(block, table)
         # The first convolution's bias is added by the second norm.
         self.shift = block.conv1.bias.detach().float().clone() if self.scale_shift else None
         first = layers.upsample if block.resample == "up" else layers.conv
         self.conv1 = first(block.conv1, size, bias=False)
         self.conv2 = layers.conv(block.conv2, size)
+        self.norm1 = layers.norm(block.norm1, to=None if self.resample else self.conv1)
+        self.norm2 = layers.norm(block.norm2, to=self.conv2)
+        if self.norm1.half and self.norm2.half:
+            self.conv1.half = _fits_half(block, size)
+        self.column = self._tabulate(block, table)
         changes = not isinstance(block.shortcut, nn.Identity)
         self.shortcut = layers.shortcut(block.shortcut, size, skip_channels) if changes else None
 

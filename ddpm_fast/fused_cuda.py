@@ -125,7 +125,7 @@ class Shortcut(Layer):
 class Norm(Layer):
     """GroupNorm, and SiLU if `silu`; see `ops.group_norm`."""
 
-    is_fused = True
+    is_fused, half = True, False
 
     def __init__(self, norm: nn.GroupNorm, silu: bool, layers: GpuLayers) -> None:
         super().__init__()
@@ -178,8 +178,8 @@ class GpuLayers:
     def time_table(self, unet: UNet) -> DeviceTimeTable:
         return DeviceTimeTable(unet, self.backend)
 
-    def conv(self, conv: nn.Module, size: Size, bias: bool = True) -> Conv:
-        """A convolution of one dimension or two."""
+    def conv(self, conv: nn.Module, size: Size, bias: bool = True, exact: bool = False) -> Conv:
+        """A convolution of one dimension or two. exact: nothing, on a GPU."""
         padding, stride = as_pair(conv.padding, 0), as_pair(conv.stride, 1)
         return Conv(as_image(conv.weight), conv.bias if bias else None, self, padding, stride)
 
@@ -196,7 +196,8 @@ class GpuLayers:
     def shortcut(self, conv: nn.Module, size: Size, skip_channels: int) -> Shortcut:
         return Shortcut(as_image(conv.weight).flatten(1), conv.bias, self, skip_channels)
 
-    def norm(self, norm: nn.GroupNorm, silu: bool = True) -> Norm:
+    def norm(self, norm: nn.GroupNorm, silu: bool = True, to: nn.Module | None = None) -> Norm:
+        """to: nothing, on a GPU."""
         return Norm(norm, silu, self)
 
     def attend(self, heads: int) -> Attend:

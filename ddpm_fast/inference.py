@@ -47,7 +47,7 @@ class FusedUNet(Layer):
         self.table = layers.time_table(unet)
         sizes = self._sizes()
         level = 0
-        self.conv_in = layers.conv(unet.conv_in, sizes[level])
+        self.conv_in = layers.conv(unet.conv_in, sizes[level], exact=True)
         skips = [unet.config.base_channels]
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for module in unet.down:
@@ -65,8 +65,8 @@ class FusedUNet(Layer):
             else:
                 self.up.append(self._fused(module, layers, sizes[level]))
                 level -= 1
-        self.norm_out = layers.norm(unet.norm_out)
-        self.conv_out = layers.conv(unet.conv_out, sizes[0])
+        self.conv_out = layers.conv(unet.conv_out, sizes[0], exact=True)
+        self.norm_out = layers.norm(unet.norm_out, to=self.conv_out)
         self.eval().requires_grad_(False)
 
     def _sizes(self) -> list[Size]:

@@ -52,6 +52,7 @@ def group_norm(
     weight: Tensor,
     bias: Tensor,
     groups: int,
+    half: bool,
     moments: Sequence[Tensor | None],
 ) -> tuple[int, int, int]:
     """(channels, stride of shift's rows, stride of weight's and bias's)."""
@@ -69,6 +70,10 @@ def group_norm(
     require(
         groups > 0 and channels % groups == 0,
         f"groups must divide the {channels} channels, but it is {groups}.",
+    )
+    require(
+        not half or x.dtype != torch.float32,
+        "half is for an x of bfloat16 or float16, but it is float32.",
     )
     shift_stride = 0 if shift is None else _columns("shift", shift, samples, channels, x)
     strides = [

@@ -37,22 +37,24 @@ def group_norm(
     groups: int,
     eps: float,
     silu: bool,
+    half: bool = False,
     *,
     moments: tuple[Tensor | None, Tensor | None] = (None, None),
     backend: str = "auto",
 ) -> Tensor:
     """GroupNorm (Wu and He 2018, arXiv:1803.08494) of x + shift, then SiLU if `silu`.
 
-    x: (N, C, H, W), channels_last, float32 or bfloat16, on a GPU float16 too; with skip, likewise,
-    its channels follow x's. shift, weight, bias: float32 (C,), (1, C) or (N, C), of all channels.
-    Sums are float32. moments: x's and skip's, where `finish_conv2d` gave them; else a GPU makes
-    them first, and a CPU needs none. Returns (N, C, H, W) in x's dtype, channels_last. On a GPU the
-    kernels are Triton's, also with the backend "cuda". No gradients. Raises RuntimeError where an
-    argument is not so, and BackendError where `backend` is not available.
+    x: (N, C, H, W), float32, bfloat16 or float16, channels_last; with skip, likewise, its channels
+    follow x's. shift, weight, bias: float32 (C,), (1, C) or (N, C), of all channels. Sums are
+    float32. moments: x's and skip's, where `finish_conv2d` gave them; else a GPU makes them first,
+    and a CPU needs none. Returns (N, C, H, W), channels_last, in x's dtype, or with `half`, which
+    float32 cannot have, in float16, where what is beyond 65504 is infinite. On a GPU the kernels
+    are Triton's, also with the backend "cuda". No gradients. Raises RuntimeError where an argument
+    is not so, and BackendError where `backend` is not available.
     """
     refuse_grad("group_norm", x, skip, shift, weight, bias)
     name = resolve_backend(x.device, backend)[0]
-    settings = (x, skip, shift, weight, bias, groups, eps, silu)
+    settings = (x, skip, shift, weight, bias, groups, eps, silu, half)
     if name == "reference":
         return fallback.group_norm(*settings)
     if name == "cpu":
@@ -137,11 +139,14 @@ def conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     winograd: bool = False,
+    half: bool = False,
 ) -> Tensor:
     """A convolution, as torch's, plus residual: summed in float32, rounded once.
 
-    x: (N, C, H, W), float32 or bfloat16, channels_last. weight: from `pack_conv2d`, for x's dtype.
-    bias: float32 (O,). residual: like the result, (N, O, H', W') in x's dtype, channels_last.
+    x: (N, C, H, W), float32 or bfloat16, channels_last; by Winograd's algorithm also float16, with
+    the weight for bfloat16. weight: from `pack_conv2d`, for x's dtype. bias: float32 (O,).
+    residual: like the result, (N, O, H', W') in x's dtype, channels_last; but for float16 both are
+    bfloat16, unless the result is to stay float16, `half`.
     kernel_size, stride, padding: of (height, width). winograd: by Winograd's algorithm with tiles
     of 4 x 4 (Lavin and Gray, 2015, equation 8), for kernels of 3 x 3 and stride 1; a quarter of the
     products, in float32 with about twice the error, and many channels must share what it costs.
@@ -152,7 +157,7 @@ def conv2d(
     _require_extension()
     refuse_grad("conv2d", x, weight, bias, residual)
     return torch.ops.ddpm_fast.conv2d.default(
-        x, weight, bias, residual, out_channels, kernel_size, stride, padding, winograd
+        x, weight, bias, residual, out_channels, kernel_size, stride, padding, winograd, half
     )
 
 

@@ -94,16 +94,20 @@ def group_norm(
     groups: int,
     eps: float,
     silu: bool,
+    half: bool,
     moments: Sequence[Tensor | None],
 ) -> Tensor:
-    channels, *strides = layer_checks.group_norm(x, skip, shift, weight, bias, groups, moments)
+    channels, *strides = layer_checks.group_norm(
+        x, skip, shift, weight, bias, groups, half, moments
+    )
     n, x_channels, height, width = x.shape
     pixels, group = height * width, channels // groups
     first, second = (
         given if given is not None or t is None else _finish(None, t, None, None, 1, 1)
         for t, given in zip((x, skip), moments, strict=True)
     )
-    out = x.new_empty((n, height, width, channels)).permute(0, 3, 1, 2)
+    dtype = torch.float16 if half else x.dtype
+    out = x.new_empty((n, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
     block, tiles = _tiles(channels)
     each, parts, share = part_pixels(pixels), num_parts(pixels), NORM_PIXELS
     while share < MOST_NORM_PIXELS and n * -(-pixels // share) * tiles > MANY:

@@ -82,9 +82,10 @@ float largest(const Elements<float>& values) {
   return most;
 }
 
-// rounding: to a T. Packed is what the weights are kept as.
-template <class T, class Packed>
-void fuzz_case(const ConvKernels& kernels, bool winograd, double rounding) {
+// rounding: to an Out. Packed is what the weights are kept as.
+template <class T, class Packed, class Out = T>
+void fuzz_case(const ConvKernels& kernels, bool winograd, double rounding,
+               DType out_dtype = DType::kFloat32) {
   ConvArgs args{};
   ConvShape& shape = args.shape = random_shape(winograd);
   args.samples = 1 + below(3);
@@ -94,19 +95,21 @@ void fuzz_case(const ConvKernels& kernels, bool winograd, double rounding) {
   args.out_row = shape.out_size[1] * args.out_pixel;
   args.out_sample = shape.out_size[0] * args.out_row;
   const int64_t outputs = args.samples * args.out_sample;
-  const Elements<T> x(in), residual(outputs), out(outputs);
+  const Elements<T> x(in);
+  const Elements<Out> residual(outputs), out(outputs);
   const Elements<float> weight(shape.out_channels * shape.in_channels * shape.kernel[0] *
                                shape.kernel[1]);
   const Elements<Packed> packed(kernels.packed_elements(shape));
   const Elements<float> bias(shape.out_channels);
   kernels.pack(shape, weight.data(), packed.data());
   args.out = out.data();
+  args.out_dtype = out_dtype;
   args.x = x.data();
   args.weight = packed.data();
   args.bias = below(2) ? bias.data() : nullptr;
   args.residual = below(2) ? residual.data() : nullptr;
   const Elements<T> memory(kernels.memory_bytes(shape) / sizeof(T));
-  const std::vector<T> before(out.data(), out.data() + outputs);
+  const std::vector<Out> before(out.data(), out.data() + outputs);
   const Elements<T> other(kernels.memory_bytes(shape) / sizeof(T));  // as another thread's
   const int64_t units = kernels.units(args), middle = below(units + 1);
   kernels.conv2d(args, 0, middle, memory.data());
@@ -148,7 +151,10 @@ int main(int argc, char** argv) {
       if (f32 != nullptr) fuzz_case<float, float>(*f32, winograd, 0x1p-24);
       if (bf16 == nullptr) continue;
       if (winograd) {
+        const ConvKernels& f16 = *conv_kernels(DType::kFloat16, true);
         fuzz_case<BFloat16, Half>(*bf16, winograd, 0x1p-8);
+        fuzz_case<Half, Half, BFloat16>(f16, winograd, 0x1p-8, DType::kBFloat16);
+        fuzz_case<Half, Half>(f16, winograd, 0x1p-11, DType::kFloat16);
       } else {
         fuzz_case<BFloat16, BFloat16>(*bf16, winograd, 0x1p-8);
       }

@@ -14,8 +14,8 @@ namespace {
 
 using namespace ddpm_fast;
 
-template <class T>
-void fuzz_case(DType dtype) {
+template <class T, class Out>
+void fuzz_case(DType dtype, DType out_dtype) {
   static const int64_t kPixels[] = {1, 2, 3, 15, 16, 49, 64, 196, 257, 784};
   static const int64_t kGroupSizes[] = {1, 2, 3, 4, 6, 12, 16, 31, 64, 300};
   GroupNormArgs args{};
@@ -44,12 +44,13 @@ void fuzz_case(DType dtype) {
   args.eps = 0.01;
   args.silu = below(2) != 0;
   args.dtype = dtype;
+  args.out_dtype = out_dtype;
   const int64_t groups = args.samples * args.groups, middle = below(groups + 1);
   const char* names[3];
   std::vector<float> expected;
   for (int level = 0; level < cpu_levels(names, true); ++level) {
     set_cpu_level(names[level]);
-    const Elements<T> out(elements * channels), whole(elements * channels);
+    const Elements<Out> out(elements * channels), whole(elements * channels);
     const Elements<float> memory(norm_memory(channels)), other(memory.count);  // another thread's
     const GroupNormKernel kernel = group_norm_kernel(dtype);
     args.out = whole.data();
@@ -57,7 +58,7 @@ void fuzz_case(DType dtype) {
     args.out = out.data();
     kernel(args, 0, middle, memory.data());
     kernel(args, middle, groups, other.data());
-    if (std::memcmp(out.data(), whole.data(), out.count * sizeof(T)) != 0) {
+    if (std::memcmp(out.data(), whole.data(), out.count * sizeof(Out)) != 0) {
       std::printf("group_norm: %s depends on where the groups are cut\n", names[level]);
       std::exit(1);
     }
@@ -68,8 +69,11 @@ void fuzz_case(DType dtype) {
     for (int64_t i = 0; i < out.count; ++i) {
       const float value = to_float(out.data()[i]);
       if (level == 0) expected.push_back(value);
-      // Two neighbours of bfloat16, or some of float32.
-      const float bound = (sizeof(T) == 2 ? 0x1p-7f : 1e-5f) * (1.0f + std::abs(expected[i]));
+      // Two neighbours of bfloat16, or some of float16 or float32.
+      const float apart = out_dtype == DType::kBFloat16  ? 0x1p-7f
+                          : out_dtype == DType::kFloat16 ? 0x1p-9f
+                                                         : 1e-5f;
+      const float bound = apart * (1.0f + std::abs(expected[i]));
       if (std::abs(value - expected[i]) <= bound) continue;
       std::printf("group_norm: %s gives %g, %s %g\n", names[level], value, names[0], expected[i]);
       std::exit(1);
@@ -83,8 +87,10 @@ int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 1000;
   generator.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
   for (int i = 0; i < cases; ++i) {
-    fuzz_case<float>(DType::kFloat32);
-    fuzz_case<BFloat16>(DType::kBFloat16);
+    fuzz_case<float, float>(DType::kFloat32, DType::kFloat32);
+    fuzz_case<BFloat16, BFloat16>(DType::kBFloat16, DType::kBFloat16);
+    fuzz_case<BFloat16, Half>(DType::kBFloat16, DType::kFloat16);
+    fuzz_case<Half, Half>(DType::kFloat16, DType::kFloat16);
   }
   const char* names[3];
   std::printf("%d cases, %d levels agree\n", cases, cpu_levels(names, true));

@@ -3,7 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conv_cases import BF16, F32, LAST, LAYERS, LAYERS_3X3, case, convolution
+from conv_cases import (
+    BF16,
+    F32,
+    LAST,
+    LAYERS,
+    LAYERS_3X3,
+    case,
+    convolution,
+    needs_bfloat16,
+)
 
 from ddpm_fast import backend, fused, ops
 
@@ -63,6 +72,22 @@ def test_winograd_is_the_convolution(dtype, layer):
         apart = got.double() - want
         assert (apart.abs() <= rounding * want.abs() + slack * (size + 1)).all()
         assert apart.norm() <= {F32: 3e-6, BF16: 3e-3}[dtype] * want.norm()
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("layer", LAYERS_3X3, ids=str)
+def test_winograd_of_float16(layer):
+    """As of float32, but for the weights; the result is what that is rounded to."""
+    x, weight, bias, residual = case(layer, 3, torch.float16)
+    packed = ops.pack_conv2d(weight.float(), BF16, True)
+    assert torch.equal(packed, ops.pack_conv2d(weight.float(), torch.float16, True))
+    for half, r in ((False, residual.to(BF16)), (False, None), (True, residual), (True, None)):
+        want = F.conv2d(x.double(), weight.double(), bias.double(), 1, layer[4])
+        want = want if r is None else want + r.double()
+        got = ops.conv2d(x, packed, bias, r, *layer[1:5], True, half)
+        assert got.dtype == (torch.float16 if half else BF16)
+        assert got.is_contiguous(memory_format=LAST)
+        assert (got.double() - want).norm() <= (1.5e-3 if half else 2.5e-3) * want.norm()
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-7, 1.0, 1e8])
@@ -153,6 +178,9 @@ def test_opcheck(dtype, winograd):
     settings = [v if i == 0 else list(v) for i, v in enumerate(layer[1:5])]
     for b, r in ((None, None), (bias, residual)):
         arguments = (x, packed, b, r, *settings, winograd)
+        torch.library.opcheck(torch.ops.ddpm_fast.conv2d.default, arguments)
+    for half in (False, True) if winograd and dtype == BF16 else ():
+        arguments = (x.half(), packed, bias, None, *settings, winograd, half)
         torch.library.opcheck(torch.ops.ddpm_fast.conv2d.default, arguments)
     torch.library.opcheck(torch.ops.ddpm_fast.pack_conv2d.default, (weight, dtype, winograd))
     phases = torch.stack([ops.pack_conv2d(weight[:, :, :2, :2], dtype)] * 4)

@@ -24,6 +24,7 @@ from ddpm_fast import backend, ops
         ({"winograd": True}, "weight must be float16, but it is bfloat16"),
         ({"winograd": True, "stride": [1, 2]}, "winograd is for stride 1, but it is 1 and 2"),
         ({"winograd": True, "kernel_size": [3, 2]}, "kernels of 3 x 3, but this is 3 x 2"),
+        ({"half": True}, "half is for an x of float16, but it is bfloat16"),
         ({"weight": torch.zeros(6, 4, 3, 3, dtype=BF16)}, "weight must be what pack_conv2d makes"),
         ({"weight": torch.zeros(6)}, "weight must be bfloat16, but it is float32"),
         ({"bias": torch.zeros(4)}, r"bias must have the shape \(6,\), but it is \(4\)"),

@@ -13,6 +13,9 @@ LAST = torch.channels_last
 CHANNELS = [(24, 0, 8), (24, 24, 8), (48, 24, 8), (256, 128, 32), (3, 2, 5), (20, 12, 4)]
 CHANNELS += [(1, 0, 1), (1, 5, 2), (1100, 0, 1), (2048, 512, 4)]
 SIZES = [(28, 28), (7, 7), (2, 3)]
+# (dtype of x, whether the result is float16, bound)
+KINDS = [(torch.float32, False, 5e-7), (torch.bfloat16, False, 4e-3)]
+KINDS += [(torch.bfloat16, True, 5e-4), (torch.float16, False, 5e-4)]
 
 
 def case(channels, size, n=3, dtype=torch.float32, rows=1, shifted=True):
@@ -57,16 +60,17 @@ def test_it_is_the_formula(extension, level, channels):
             (3, 3, True, True),
             (3, 1, False, False),
         ):
-            for dtype, bound in ((torch.float32, 5e-7), (torch.bfloat16, 4e-3)):
+            for dtype, half, bound in KINDS if n == 1 else KINDS[:2]:
                 arguments = case(channels, size, n, dtype, rows, shifted)
                 settings = (channels[2], 1e-2, silu)
-                got = ops.group_norm(*arguments, *settings, backend="cpu")
+                kept = torch.float16 if half else dtype
+                got = ops.group_norm(*arguments, *settings, half, backend="cpu")
                 want = formula(*arguments, *settings)
-                assert got.dtype == dtype and got.is_contiguous(memory_format=LAST)
+                assert got.dtype == kept and got.is_contiguous(memory_format=LAST)
                 assert error(got, want) < bound
-                plain = ops.group_norm(*arguments, *settings, backend="reference")
+                plain = ops.group_norm(*arguments, *settings, half, backend="reference")
                 # PyTorch's own sums are plainer.
-                assert plain.dtype == dtype and error(plain, want) < max(bound, 5e-5)
+                assert plain.dtype == kept and error(plain, want) < max(bound, 5e-5)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -123,9 +127,10 @@ def test_the_number_of_threads_and_the_place_change_no_bit(extension, channels, 
     [
         ({"x": torch.zeros(2, 4, 3, 5)}, "x must be channels_last without gaps"),
         (
-            {"x": torch.zeros(2, 4, 3, 5, dtype=torch.float16)},
-            "float32 or bfloat16, but it is float16",
+            {"x": torch.zeros(2, 4, 3, 5, dtype=torch.float64)},
+            "float32, bfloat16 or float16, but it is float64",
         ),
+        ({"half": True}, "half is for an x of bfloat16 or float16, but it is float32"),
         (
             {"skip": torch.zeros(2, 4, 3, 6).contiguous(memory_format=LAST)},
             r"have the samples and the sizes of x, \(2, 4, 3, 5\)",

@@ -26,6 +26,17 @@ def randomized(config, seed=0):
     return unet
 
 
+def with_unit_gain(config, seed=0):
+    """As PyTorch initialises it, but the layers that start as zero keep their input's spread."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet(config).eval().requires_grad_(False)
+        for parameter in unet.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+    return unet
+
+
 def inputs(config, n=6, seed=1):
     """(x, t, class_labels)"""
     x = torch.randn(n, *config.sample_shape, generator=torch.Generator().manual_seed(seed))

@@ -45,6 +45,7 @@ struct PairProducts : Avx512Sums {
 // result.
 struct SmallWeightProducts : Avx512Products {
   using Stored = Float16;
+  using Avx512Sums::load;
   using Avx512Sums::store;
 
   static Weights load_weights(const Stored* p) {
@@ -53,7 +54,13 @@ struct SmallWeightProducts : Avx512Products {
   static HalfWeights load_half_weights(const Stored* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  static F load(const Float16* p, int64_t count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(count), p));
+  }
   static void store(BFloat16* p, F x, int64_t count) { store_rounded(p, x, lanes(count)); }
+  static void store(Float16* p, F x, int64_t count) {
+    _mm256_mask_storeu_epi16(p, lanes(count), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
 };
 
 }  // namespace
@@ -61,6 +68,8 @@ struct SmallWeightProducts : Avx512Products {
 const ConvKernels kAvx512Bf16Conv = conv_kernels<PairProducts>("avx512_bf16");
 const ConvKernels kAvx512Bf16Winograd =
     winograd_kernels<SmallWeightProducts, BFloat16>("avx512_bf16");
+const ConvKernels kAvx512Fp16Winograd =
+    winograd_kernels<SmallWeightProducts, Float16, BFloat16, Float16>("avx512_bf16");
 const AttentionKernels kAvx512Bf16Attention = attention_kernels<PairProducts, Avx512>();
 
 }  // namespace ddpm_fast

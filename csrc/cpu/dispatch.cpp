@@ -60,11 +60,13 @@ const CpuKernels* named(const char* name) {
 #ifdef DDPM_FAST_X86
 // Of kernels that need AVX-512, those of a dtype; null where the level in use has none.
 template <class Kernels>
-const Kernels* of_dtype(DType dtype, const Kernels* float32, const Kernels* bfloat16) {
+const Kernels* of_dtype(DType dtype, const Kernels* float32, const Kernels* bfloat16,
+                        const Kernels* float16 = nullptr) {
   if (&cpu_kernels() != &kAvx512Kernels) return nullptr;
   if (dtype == DType::kFloat32) return float32;
   __builtin_cpu_init();
-  return dtype == DType::kBFloat16 && __builtin_cpu_supports("avx512bf16") ? bfloat16 : nullptr;
+  if (!__builtin_cpu_supports("avx512bf16")) return nullptr;
+  return dtype == DType::kBFloat16 ? bfloat16 : float16;
 }
 #endif
 
@@ -96,8 +98,8 @@ const ConvKernels* conv_kernels([[maybe_unused]] DType dtype, [[maybe_unused]] b
   if (dtype == DType::kFloat32 && &cpu_kernels() == &kAvx2Kernels) {
     return winograd ? &kAvx2Winograd : &kAvx2Conv;
   }
-  return winograd ? of_dtype(dtype, &kAvx512Winograd, &kAvx512Bf16Winograd)
-                  : of_dtype(dtype, &kAvx512Conv, &kAvx512Bf16Conv);
+  if (!winograd) return of_dtype(dtype, &kAvx512Conv, &kAvx512Bf16Conv);
+  return of_dtype(dtype, &kAvx512Winograd, &kAvx512Bf16Winograd, &kAvx512Fp16Winograd);
 #else
   return nullptr;
 #endif

@@ -21,8 +21,9 @@ struct Segment {
 
 // y = x * scale + offset of `vectors` vectors, and then SiLU. Several advance together, because
 // each operation waits for the one before.
-template <class V, bool kSilu, int vectors, class T>
-DDPM_FAST_INLINE void normalize_vectors(const T* x, const float* scale, const float* offset, T* y) {
+template <class V, bool kSilu, int vectors, class T, class Out>
+DDPM_FAST_INLINE void normalize_vectors(const T* x, const float* scale, const float* offset,
+                                        Out* y) {
   constexpr int kLanes = V::kLanes;
   typename V::F values[vectors];
   DDPM_FAST_UNROLL
@@ -32,7 +33,7 @@ DDPM_FAST_INLINE void normalize_vectors(const T* x, const float* scale, const fl
   }
   DDPM_FAST_UNROLL
   for (int k = 0; kSilu && k < vectors; ++k) {
-    values[k] = silu<V, sizeof(T) == sizeof(float)>(values[k]);
+    values[k] = silu<V, sizeof(Out) == sizeof(float)>(values[k]);
   }
   if constexpr (vectors % 2 == 0 && requires { V::store_pair(y, values[0], values[1]); }) {
     DDPM_FAST_UNROLL
@@ -44,13 +45,14 @@ DDPM_FAST_INLINE void normalize_vectors(const T* x, const float* scale, const fl
 }
 
 // Rows of the same width.
-template <class V, bool kSilu, class T>
-void normalize(const Rows<const T>& x, const float* scale, const float* offset, const Rows<T>& y) {
+template <class V, bool kSilu, class T, class Out>
+void normalize(const Rows<const T>& x, const float* scale, const float* offset,
+               const Rows<Out>& y) {
   constexpr int kLanes = V::kLanes;
   const int64_t width = x.width, last = width - kLanes;
   for (int64_t i = 0; i < x.count; ++i) {
     const T* from = x.row(i);
-    T* to = y.row(i);
+    Out* to = y.row(i);
     int64_t j = 0;
     for (; j + 4 * kLanes <= width; j += 4 * kLanes) {
       normalize_vectors<V, kSilu, 4>(from + j, scale + j, offset + j, to + j);
@@ -63,7 +65,8 @@ void normalize(const Rows<const T>& x, const float* scale, const float* offset, 
       normalize_vectors<V, kSilu, 1>(from + last, scale + last, offset + last, to + last);
       continue;
     }
-    T in[kLanes] = {}, out[kLanes];
+    T in[kLanes] = {};
+    Out out[kLanes];
     float scales[kLanes] = {}, offsets[kLanes] = {};
     for (int64_t k = 0; k < width; ++k) {
       in[k] = from[k];
@@ -172,21 +175,23 @@ void norm_coefficients(const NormRun<T>& run, const Moments& moments, float* sca
   }
 }
 
-template <class V, class T>
+template <class V, class Out, class T>
 void norm_run(const NormRun<T>& run) {
   const Moments moments{run.scratch(0), run.scratch(1), run.scratch(2)};
   channel_moments<V>(run, moments);
   float *scale = moments.sum, *offset = moments.center;
   norm_coefficients(run, moments, scale, offset);
   const int64_t channels = run.channels();
-  T* out = static_cast<T*>(run.args.out) + run.sample * run.args.pixels * channels + run.begin();
+  Out* out =
+      static_cast<Out*>(run.args.out) + run.sample * run.args.pixels * channels + run.begin();
   for (int i = 0; i < 2; ++i) {
     const Segment<T> part = run.segment(i);
     const int64_t width = part.rows.width;
     if (width <= 0) continue;
     const int64_t times = width == channels ? pixels_of_a_row(part.rows.count, width) : 1;
     const Rows<const T> from = part.rows.merged(times);
-    const Rows<T> to = Rows<T>{out + part.first, part.rows.count, width, channels}.merged(times);
+    const Rows<Out> to =
+        Rows<Out>{out + part.first, part.rows.count, width, channels}.merged(times);
     const float* scales = repeated(scale + part.first, width, times, run.scratch(3));
     const float* offsets = repeated(offset + part.first, width, times, run.scratch(4));
     if (run.args.silu) {
@@ -203,9 +208,13 @@ void group_norm(const GroupNormArgs& args, int64_t begin, int64_t end, float* me
     const int64_t sample = i / args.groups, first = i % args.groups;
     const int64_t left = end - i, last = args.groups - first < left ? args.groups : first + left;
     if (args.dtype == DType::kFloat32) {
-      norm_run<V>(NormRun<float>{args, sample, first, last, memory});
+      norm_run<V, float>(NormRun<float>{args, sample, first, last, memory});
+    } else if (args.out_dtype == DType::kBFloat16) {
+      norm_run<V, BFloat16>(NormRun<BFloat16>{args, sample, first, last, memory});
+    } else if (args.dtype == DType::kBFloat16) {
+      norm_run<V, Half>(NormRun<BFloat16>{args, sample, first, last, memory});
     } else {
-      norm_run<V>(NormRun<BFloat16>{args, sample, first, last, memory});
+      norm_run<V, Half>(NormRun<Half>{args, sample, first, last, memory});
     }
     i += last - first;
   }

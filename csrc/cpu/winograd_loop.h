@@ -6,8 +6,8 @@
 // sees. These are 36 products for 16 outputs instead of 144. At each place the sums are those of a
 // 1 x 1 convolution over tiles, see conv_loop.h. All is float32; the layer alone decides the bits.
 //
-// Written once over D, the float32 products of an instruction set, as conv_loop.h, and T, the
-// elements of input and output. D::Stored, the weights', may have less range than float32: each
+// Written once over D, the float32 products of an instruction set, as conv_loop.h, and T and Out,
+// the elements of input and output. D::Stored, the weights', may have less range than float32: each
 // output channel's are then kept as multiples of a power of two.
 #pragma once
 
@@ -17,7 +17,7 @@
 namespace ddpm_fast {
 namespace {
 
-template <class D, class T>
+template <class D, class T, class Out>
 struct WinogradRun {
   using F = typename D::F;
   using Stored = typename D::Stored;
@@ -146,13 +146,13 @@ struct WinogradRun {
         transform_sums<D>(row);
         const int64_t start = at.sample * args.out_sample + (at.row + i) * args.out_row +
                               at.column * args.out_pixel + first + c;
-        T* out = static_cast<T*>(args.out) + start;
+        Out* out = static_cast<Out*>(args.out) + start;
         DDPM_FAST_UNROLL
         for (int j = 0; j < kTile; ++j) {
           if (j >= columns) break;
           F y = D::fma(row[j], scale, bias);
           if (args.residual != nullptr) {
-            const T* residual = static_cast<const T*>(args.residual) + start;
+            const Out* residual = static_cast<const Out*>(args.residual) + start;
             y = D::add(y, D::load(residual + j * args.out_pixel, count));
           }
           D::store(out + j * args.out_pixel, y, count);
@@ -163,9 +163,9 @@ struct WinogradRun {
 };
 
 // The range is in tiles of a block: of the first strip's all, block after block, then the next's.
-template <class D, class T>
+template <class D, class T, class Out>
 void winograd_conv2d(const ConvArgs& args, int64_t begin, int64_t end, void* memory) {
-  const WinogradRun<D, T> run(args, static_cast<float*>(memory));
+  const WinogradRun<D, T, Out> run(args, static_cast<float*>(memory));
   const int64_t strip = run.layout.strip, blocks = run.layout.blocks.count;
   const int64_t tiles = args.samples * run.layout.tiles();
   while (begin < end) {
@@ -183,7 +183,8 @@ void winograd_conv2d(const ConvArgs& args, int64_t begin, int64_t end, void* mem
   }
 }
 
-template <class D, class T>
+// Of one or two kinds of results.
+template <class D, class T, class Out = T, class Other = Out>
 constexpr ConvKernels winograd_kernels(const char* name) {
   return {name,
           dtype_of(typename D::Stored{}),
@@ -198,7 +199,12 @@ constexpr ConvKernels winograd_kernels(const char* name) {
           [](const ConvShape& shape) {
             return WinogradLayout<D>(shape).memory_floats() * int64_t{sizeof(float)};
           },
-          winograd_conv2d<D, T>};
+          [](const ConvArgs& args, int64_t begin, int64_t end, void* memory) {
+            if (args.out_dtype == dtype_of(Out{})) {
+              return winograd_conv2d<D, T, Out>(args, begin, end, memory);
+            }
+            winograd_conv2d<D, T, Other>(args, begin, end, memory);
+          }};
 }
 
 }  // namespace
