@@ -7,12 +7,13 @@ is a few calls of fused operators. `prepare` is what the sampler calls.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .device import memory_format
+from .device import give_back_freed_memory, memory_format
 from .fused import DTYPES, Layer, Norm, Size
 from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, packed
 from .time_table import TimeTable
@@ -23,7 +24,9 @@ from .workers import is_ending, on_a_worker, workers
 # second-level cache each. Where a batch is small, cores wait for each other longer than they work;
 # where a group is large, what one layer writes leaves the cache before the next reads it.
 LARGEST_OF_ONE_CORE, LARGEST_GROUP = 2**17, 2**22
-SMALLEST_GROUP = 2**18  # with our own convolutions, in which cores wait less
+# With our own convolutions, in which cores wait less. From BEST_GROUP on, in values, larger groups
+# are not faster, but each core keeps its group's layers in memory.
+SMALLEST_GROUP, BEST_GROUP = 2**18, 2**19
 FEWEST_IN_A_GROUP = 2
 MOST_WORKERS = 8  # beyond, they would wait for Python's lock
 
@@ -117,14 +120,16 @@ class FusedUNet(Layer):
             return batch_size
         if threads > MOST_WORKERS:
             return 0
+        best = BEST_GROUP * self.dtype.itemsize if is_own else LARGEST_GROUP
+        sizes = []
         for groups in range(threads, batch_size // FEWEST_IN_A_GROUP + 1, threads):
             size = batch_size // groups
             if is_own and size * bytes_each < SMALLEST_GROUP:
                 break
             small = size == FEWEST_IN_A_GROUP or size * bytes_each <= LARGEST_GROUP
             if batch_size % groups == 0 and small:
-                return size
-        return 0
+                sizes.append(size)
+        return min(sizes, key=lambda size: abs(math.log(size * bytes_each / best)), default=0)
 
     def _run_groups(self, x: Tensor, rows: Tensor, size: int) -> Tensor:
         groups = x.split(size)
@@ -187,7 +192,9 @@ def prepare(
     # A subclass may compute another function.
     if fused and type(unet) is UNet and device.type == "cpu" and dtype in DTYPES:
         on_cpu = all(p.device == device for p in unet.parameters())
-        return FusedUNet(unet if on_cpu else copy.deepcopy(unet).to(device), dtype)
+        network = FusedUNet(unet if on_cpu else copy.deepcopy(unet).to(device), dtype)
+        give_back_freed_memory()  # of weights on their way to being packed
+        return network
     network = copy.deepcopy(unet).to(device, dtype).eval().requires_grad_(False)
     if any(p.ndim == 4 for p in network.parameters()):
         network.to(memory_format=memory_format(device, dtype, 4))
