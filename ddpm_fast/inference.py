@@ -24,9 +24,9 @@ from .workers import is_ending, on_a_worker, workers
 # second-level cache each. Where a batch is small, cores wait for each other longer than they work;
 # where a group is large, what one layer writes leaves the cache before the next reads it.
 LARGEST_OF_ONE_CORE, LARGEST_GROUP = 2**17, 2**22
-# With our own convolutions, in which cores wait less. From BEST_GROUP on, in values, larger groups
-# are not faster, but each core keeps its group's layers in memory.
-SMALLEST_GROUP, BEST_GROUP = 2**18, 2**19
+# With our own convolutions, in which cores wait less. Each core keeps its group's layers in memory:
+# above BEST_GROUP, in values, a group is little faster; worth it up to this share of the batch.
+SMALLEST_GROUP, BEST_GROUP, BEST_SHARE = 2**18, 2**19, 1 / 8
 FEWEST_IN_A_GROUP = 2
 MOST_WORKERS = 8  # beyond, they would wait for Python's lock
 
@@ -104,6 +104,7 @@ class FusedUNet(Layer):
         """Tabulate these timesteps, which will be asked for; others may be too."""
         with _no_autocast():
             self.table.expect(timesteps)
+        give_back_freed_memory()  # of what came before the projections
 
     def _group_size(self, batch_size: int) -> int:
         """How many samples a core takes at once by itself; 0: all cores share each layer.
@@ -120,7 +121,9 @@ class FusedUNet(Layer):
             return batch_size
         if threads > MOST_WORKERS:
             return 0
-        best = BEST_GROUP * self.dtype.itemsize if is_own else LARGEST_GROUP
+        best = LARGEST_GROUP
+        if is_own:
+            best = max(BEST_GROUP * self.dtype.itemsize, BEST_SHARE * batch_size * bytes_each)
         sizes = []
         for groups in range(threads, batch_size // FEWEST_IN_A_GROUP + 1, threads):
             size = batch_size // groups
