@@ -7,6 +7,7 @@ is a few calls of fused operators. `prepare` is what the sampler calls.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from . import backend as backends
 from . import fused, fused_cuda
-from .device import memory_format, with_index
+from .device import give_back_freed_memory, memory_format, with_index
 from .fused import CpuLayers, Layer, Size
 from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, Layers
 from .fused_cuda import GpuLayers
@@ -26,7 +27,9 @@ from .workers import is_ending, on_a_worker, workers
 # second-level cache each. Where a batch is small, cores wait for each other longer than they work;
 # where a group is large, what one layer writes leaves the cache before the next reads it.
 LARGEST_OF_ONE_CORE, LARGEST_GROUP = 2**17, 2**22
-SMALLEST_GROUP = 2**18  # with our own convolutions, in which cores wait less
+# With our own convolutions, in which cores wait less. Each core keeps its group's layers in memory:
+# above BEST_GROUP, in values, a group is little faster; worth it up to this share of the batch.
+SMALLEST_GROUP, BEST_GROUP, BEST_SHARE = 2**18, 2**19, 1 / 8
 FEWEST_IN_A_GROUP = 2
 MOST_WORKERS = 8  # beyond, they would wait for Python's lock
 
@@ -107,6 +110,7 @@ class FusedUNet(Layer):
         """
         with self._no_autocast():
             self.table.expect(timesteps)
+        give_back_freed_memory()  # of what came before the projections
 
     def _group_size(self, batch_size: int) -> int:
         """How many samples a core takes at once by itself; 0: all cores share each layer.
@@ -123,14 +127,18 @@ class FusedUNet(Layer):
             return batch_size
         if threads > MOST_WORKERS:
             return 0
+        best = LARGEST_GROUP
+        if is_own:
+            best = max(BEST_GROUP * self.dtype.itemsize, BEST_SHARE * batch_size * bytes_each)
+        sizes = []
         for groups in range(threads, batch_size // FEWEST_IN_A_GROUP + 1, threads):
             size = batch_size // groups
             if is_own and size * bytes_each < SMALLEST_GROUP:
                 break
             small = size == FEWEST_IN_A_GROUP or size * bytes_each <= LARGEST_GROUP
             if batch_size % groups == 0 and small:
-                return size
-        return 0
+                sizes.append(size)
+        return min(sizes, key=lambda size: abs(math.log(size * bytes_each / best)), default=0)
 
     def _run_groups(self, x: Tensor, rows: Tensor, size: int) -> Tensor:
         groups = x.split(size)
@@ -209,7 +217,9 @@ def prepare(
     layers = _layers(device, dtype, backend) if fused and type(unet) is UNet else None
     if layers is not None:
         in_place = all(p.device == device for p in unet.parameters())
-        return FusedUNet(unet if in_place else copy.deepcopy(unet).to(device), layers)
+        network = FusedUNet(unet if in_place else copy.deepcopy(unet).to(device), layers)
+        give_back_freed_memory()  # of weights on their way to being packed
+        return network
     network = copy.deepcopy(unet).to(device, dtype).eval().requires_grad_(False)
     if any(p.ndim == 4 for p in network.parameters()):
         network.to(memory_format=memory_format(device, dtype, 4))

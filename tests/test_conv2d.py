@@ -1,5 +1,7 @@
 """`ops.conv2d` and `ops.upsample_conv2d` against torch's convolution in float64."""
 
+import platform
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -200,3 +202,20 @@ def test_a_thread_keeps_little_memory(dtype):
     before = in_use()
     convolution(layer, x, weight, bias)
     assert in_use() - before < 16 * 1024  # KiB; x is 64 MiB or 128
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_what_is_freed_fits_the_next_result(dtype):
+    """Also between others that are in use."""
+    layer = (16, 32, (1, 1), (1, 1), (0, 0), (32, 32))
+    x, weight, _, _ = case(layer, 4, dtype)
+    packed = ops.pack_conv2d(weight.float(), dtype)
+
+    def results(count):
+        return [ops.conv2d(x, packed, None, None, *layer[1:5], False) for _ in range(count)]
+
+    first = results(32)
+    assert all(y.data_ptr() % 64 == 0 for y in first)
+    freed = {y.data_ptr() for y in first[::2]}
+    del first[::2]
+    assert len(freed & {y.data_ptr() for y in results(16)}) >= 12

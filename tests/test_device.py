@@ -47,3 +47,32 @@ def test_what_is_freed_is_kept_for_the_next():
     assert blocks_and_kept("as it is") == [3, 0]
     blocks, mebibytes = blocks_and_kept("keep")
     assert blocks == 0 and mebibytes >= 48
+
+
+HOLES = """
+import ctypes, os
+from ddpm_fast.device import give_back_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as pages:
+        return int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+blocks = [libc.malloc(64 << 10) for _ in range(1024)]
+for block in blocks:
+    ctypes.memset(block, 1, 64 << 10)
+for block in blocks[::2]:
+    libc.free(block)
+held = resident()
+give_back_freed_memory()
+print(held - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_what_is_freed_between_others_is_given_back():
+    """Of 32 MiB freed, each block between two that are in use, all but the pages at their ends."""
+    command = [sys.executable, "-c", HOLES]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 25
