@@ -101,9 +101,8 @@ class DeviceTimeTable(TimeTable):
     def __init__(self, unet: UNet, backend: str) -> None:
         super().__init__(unet)
         self.backend = backend
-        self._table: tuple[Tensor, Tensor] | None = (
-            None  # the timesteps; for each label, their rows
-        )
+        # The timesteps; for each label, their rows.
+        self._table: tuple[Tensor, Tensor] | None = None
 
     def _labels(self) -> list[int | None]:
         count = self.config.num_classes

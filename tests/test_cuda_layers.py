@@ -24,8 +24,9 @@ CUDA = torch.device("cuda")
 @pytest.mark.parametrize("channels", CHANNELS, ids=str)
 def test_group_norm_is_the_formula(channels):
     for size in [*SIZES, (33, 50), (96, 97)]:
+        many = 70 if size in SIZES else 2  # of large ones the formula would take 80 GB
         for dtype, bound in OPERATOR_BOUND.items():
-            for n, rows, shifted, silu in ((1, 1, True, True), (70, 70, False, False)):
+            for n, rows, shifted, silu in ((1, 1, True, True), (many, many, False, False)):
                 arguments = case(channels, size, n, dtype, rows, shifted)
                 settings = (channels[2], 1e-2, silu)
                 want = formula(*arguments, *settings)
