@@ -12,7 +12,6 @@ results/peers_MODEL.json, peak memory to results/peers_memory.json.
 from __future__ import annotations
 
 import argparse
-import copy
 import resource
 import statistics
 import subprocess
@@ -37,7 +36,7 @@ Engine = Callable[[Tensor, Tensor], Callable[[], Tensor]]  # (x, t) -> one evalu
 
 
 def _diffusers(model: Model, dtype: torch.dtype, order: torch.memory_format) -> Engine:
-    unet = copy.deepcopy(to_diffusers(model).unet).to(dtype).to(memory_format=order)
+    unet = to_diffusers(model).unet.to(dtype).to(memory_format=order)
 
     def at(x: Tensor, t: Tensor) -> Callable[[], Tensor]:
         x = x.to(dtype).contiguous(memory_format=order)

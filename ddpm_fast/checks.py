@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import noise as contract
-from .memory import require, separate, writable
+from .memory import fail, require, separate, writable
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,25 +26,23 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def require_one_of(name: str, t: Tensor, *dtypes: torch.dtype) -> None:
-    *first, last = map(_dtype, dtypes)
-    wanted = f"{', '.join(first)} or {last}" if first else last
-    require(t.dtype in dtypes, f"{name} must be {wanted}, but it is {_dtype(t.dtype)}.")
+    if t.dtype not in dtypes:
+        *first, last = map(_dtype, dtypes)
+        wanted = f"{', '.join(first)} or {last}" if first else last
+        fail(f"{name} must be {wanted}, but it is {_dtype(t.dtype)}.")
 
 
 def require_dtype(name: str, t: Tensor, *dtypes: torch.dtype) -> None:
     """And that it is aligned, for which it must have data."""
     require_one_of(name, t, *dtypes)
-    require(
-        t.is_meta or t.data_ptr() % t.element_size() == 0,
-        f"{name} must begin at a multiple of its elements' {t.element_size()} bytes; pass a copy.",
-    )
+    if not t.is_meta and t.data_ptr() % t.element_size():
+        bytes_each = t.element_size()
+        fail(f"{name} must begin at a multiple of its elements' {bytes_each} bytes; pass a copy.")
 
 
 def require_device(name: str, t: Tensor, like: Tensor) -> None:
-    require(
-        t.device == like.device,
-        f"{name} must be on the same device as the other tensors; move it there with .to().",
-    )
+    if t.device != like.device:
+        fail(f"{name} must be on the same device as the other tensors; move it there with .to().")
 
 
 def require_elements(elements: int) -> None:

@@ -175,4 +175,5 @@ def table_rows(table: Tensor, known: Tensor, t: Tensor, labels: Tensor | None) -
     place = same.int().argmax(1)
     if labels is not None:
         place = place + labels * len(known)
-    return torch.where(same.any(1)[:, None], table[place], torch.nan)
+    is_there = same.any(1) & (place >= 0) & (place < len(table))
+    return torch.where(is_there[:, None], table[place.clamp(0, len(table) - 1)], torch.nan)

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backend, ops
+from .fused_layer import Layer, Size, as_image, as_pair, heads_of, image_of, phases
 from .time_table import TimeTable
 from .unet import UNet
 
-Size = tuple[int, int]
 DTYPES = (torch.float32, torch.bfloat16)
 # Where Winograd's algorithm pays, measured with AVX-512. With fewer channels on either side its
 # transformations cost more than is saved; below so many pixels its weights, which are four times as
@@ -41,35 +41,10 @@ def is_packable(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or bool(_onednn._is_mkldnn_bf16_supported())
 
 
-def as_image(weight: Tensor) -> Tensor:
-    """A convolution's weight (O, I, [kH,] kW) as (O, I, kH, kW), in float32."""
-    weight = weight.detach().float()
-    return weight if weight.ndim == 4 else weight.unsqueeze(2)
+class PackedLayer(Layer):
+    """One that may have our own packed weights."""
 
-
-def as_pair(values: Sequence[int], missing: int) -> Size:
-    """A convolution's padding or stride as that of (height, width)."""
-    return (missing,) * (2 - len(values)) + tuple(values)
-
-
-class Layer(nn.Module):
-    """A module whose parts are found and called as any object's are.
-
-    What torch's modules do beside that takes more than a microsecond for each part and each call,
-    which is much of a small network's time. Its own hooks are called, torch's global ones not.
-    """
-
-    packing: tuple[torch.dtype, str | None, int] | None = None  # of its own packed weights
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__.pop(name, None)
-        super().__setattr__(name, value)
-        if isinstance(value, nn.Module):
-            self.__dict__[name] = value
-
-    def __delattr__(self, name: str) -> None:
-        super().__delattr__(name)
-        self.__dict__.pop(name, None)
+    packing: tuple[torch.dtype, str | None, int] | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -79,13 +54,8 @@ class Layer(nn.Module):
                 "weights lie in another order: prepare the model anew"
             )
 
-    def __call__(self, *inputs: Any, **settings: Any) -> Tensor:
-        if self._forward_pre_hooks or self._forward_hooks:
-            return super().__call__(*inputs, **settings)
-        return self.forward(*inputs, **settings)
 
-
-class Conv(Layer):
+class Conv(PackedLayer):
     """A convolution whose weight lies as the kernel wants it, so that no call reorders it.
 
     The kernel is `ops.conv2d` where that is faster than oneDNN.
@@ -164,24 +134,7 @@ class Conv(Layer):
         )
 
 
-def phases(weight: Tensor) -> tuple[list[Tensor], Size]:
-    """Of a convolution's weight with 3 taps, (O, I, 3, 3) or (O, I, 1, 3), after nearest-neighbour
-    doubling: the weights of 2 taps that make each phase of the result, and the phases by
-    dimension. See `ops.upsample_conv2d`."""
-    weights = [weight]
-    for dim in (2, 3):
-        if weight.shape[dim] == 3:
-            weights = [part for w in weights for part in _two_taps(w, dim)]
-    height, width = (2 if taps == 3 else 1 for taps in weight.shape[2:])
-    return weights, (height, width)
-
-
-def _two_taps(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    first, middle, last = weight.unbind(dim)
-    return torch.stack((first, middle + last), dim), torch.stack((first + middle, last), dim)
-
-
-class UpsampleConv(Layer):
+class UpsampleConv(PackedLayer):
     """Nearest-neighbour doubling and a convolution with 3 taps: see `ops.upsample_conv2d`.
 
     shape: of the weight of each phase, (O, I, 2, 2), or (O, I, 1, 2) for series.
@@ -259,16 +212,6 @@ class Shortcut(Layer):
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         h = self.of_x(x)
         return h if skip is None else self.of_skip(skip, h)
-
-
-def heads_of(x: Tensor, heads: int) -> Tensor:
-    """(N, heads * C, H, W) as (N, heads, H * W, C); a view."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2)
-
-
-def image_of(x: Tensor, size: Size) -> Tensor:
-    """(N, heads, H * W, C) as (N, heads * C, H, W)."""
-    return x.transpose(1, 2).flatten(2).unflatten(1, size).permute(0, 3, 1, 2)
 
 
 class Attend(Layer):

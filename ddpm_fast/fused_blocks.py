@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused import CpuLayers, Layer, Size, as_image
+from .fused import CpuLayers
 from .fused_cuda import GpuLayers
+from .fused_layer import Layer, Size, as_image
 from .moments import Features, tensor
 from .time_table import TimeTable
 from .unet import Attention, Downsample, ResBlock, Stage, Upsample

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .fused import Layer, Size, as_image, as_pair, heads_of, image_of, phases
+from .fused_layer import Layer, Size, as_image, as_pair, heads_of, image_of, phases
 from .moments import Features, tensor
 from .time_table import DeviceTimeTable
 from .unet import UNet

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from . import backend as backends
 from . import fused, fused_cuda
 from .device import give_back_freed_memory, memory_format, with_index
-from .fused import CpuLayers, Layer, Size
+from .fused import CpuLayers
 from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, Layers
 from .fused_cuda import GpuLayers
+from .fused_layer import Layer, Size
 from .moments import tensor
 from .unet import ResBlock, Stage, UNet, check_inputs
 from .workers import is_ending, on_a_worker, workers
@@ -29,7 +30,7 @@ from .workers import is_ending, on_a_worker, workers
 LARGEST_OF_ONE_CORE, LARGEST_GROUP = 2**17, 2**22
 # With our own convolutions, in which cores wait less. Each core keeps its group's layers in memory:
 # above BEST_GROUP, in values, a group is little faster; worth it up to this share of the batch.
-SMALLEST_GROUP, BEST_GROUP, BEST_SHARE = 2**18, 2**19, 1 / 8
+SMALLEST_GROUP, BEST_GROUP, BEST_SHARE = 2**18, 2**20, 1 / 8
 FEWEST_IN_A_GROUP = 2
 MOST_WORKERS = 8  # beyond, they would wait for Python's lock
 

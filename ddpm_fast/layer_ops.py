@@ -97,7 +97,8 @@ def table_rows(
 
     table: float32 (labels * timesteps, columns): for each label, a row for each timestep that is
     `known`, float32 (timesteps,), each once. t: (N,), integers or floats. labels: int64 (N,).
-    A timestep that is not known makes NaN. Raises as `finish_conv2d`.
+    A timestep that is not known, or a label that is out of range, makes NaN. Raises as
+    `finish_conv2d`.
     """
     return _on_gpu("table_rows", t, backend).table_rows(table, known, t, labels)
 

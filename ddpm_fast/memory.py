@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from torch import Tensor
 
@@ -15,9 +15,13 @@ class Layout(NamedTuple):
     pixel: int
 
 
+def fail(message: str) -> NoReturn:
+    raise RuntimeError(f"ddpm_fast: {message}")
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
-        raise RuntimeError(f"ddpm_fast: {message}")
+        fail(message)
 
 
 def channels_and_pixels(t: Tensor) -> tuple[int, int]:

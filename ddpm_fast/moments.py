@@ -20,7 +20,7 @@ def part_pixels(pixels: int) -> int:
 
     There are 16 parts, which fill a GPU by one sample; fewer of small images, more of large ones.
     """
-    most = min(64, max(16, pixels // 512))
+    most = min(32, max(16, pixels // 512))
     return SMALLEST_PART * -(-pixels // (SMALLEST_PART * most))
 
 

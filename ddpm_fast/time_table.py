@@ -15,12 +15,8 @@ from .unet import UNet, embed
 MAX_VALUES = 2**24  # float32 values kept at once: 64 MiB
 
 
-class TimeTable:
-    """The projections of all blocks side by side, as a float32 row for each (timestep, class).
-
-    A row does not depend on what it was first asked for with: those of the expected timesteps are
-    computed together for each class if all classes' fit, any other by itself.
-    """
+class Projections:
+    """The projections of all blocks side by side, in float32."""
 
     def __init__(self, unet: UNet) -> None:
         self.config = unet.config
@@ -32,10 +28,6 @@ class TimeTable:
         # Like the embedding's weights, whatever torch's default dtype and device.
         self._bias = self.time_mlp[0].bias.new_empty(0)
         self._weight = self._bias.new_empty(0, unet.config.time_channels[1])
-        # Of the expected timesteps: each one's place, and the tables by class. Together, since
-        # another thread may be reading.
-        self._expected: tuple[dict[float, int], dict[int | None, Tensor]] = {}, {}
-        self._others: dict[tuple[float, int | None], Tensor] = {}
 
     def add(self, weight: Tensor, bias: Tensor) -> int:
         """One more projection, (channels, width) and (channels); its place in `widths`."""
@@ -43,6 +35,28 @@ class TimeTable:
         self._bias = torch.cat((self._bias, bias.detach().float()))
         self.widths.append(len(bias))
         return len(self.widths) - 1
+
+    @torch.no_grad()
+    def _compute(self, timesteps: list[float], label: int | None) -> Tensor:
+        t = self._bias.new_tensor(timesteps)
+        labels = None if label is None else torch.full_like(t, label, dtype=torch.int64)
+        emb = embed(self.config, self.time_mlp, self.class_embedding, t, labels)
+        return F.linear(emb, self._weight, self._bias)
+
+
+class TimeTable(Projections):
+    """A row of them for each (timestep, class).
+
+    A row does not depend on what it was first asked for with: those of the expected timesteps are
+    computed together for each class if all classes' fit, any other by itself.
+    """
+
+    def __init__(self, unet: UNet) -> None:
+        super().__init__(unet)
+        # Of the expected timesteps: each one's place, and the tables by class. Together, since
+        # another thread may be reading.
+        self._expected: tuple[dict[float, int], dict[int | None, Tensor]] = {}, {}
+        self._others: dict[tuple[float, int | None], Tensor] = {}
 
     def expect(self, timesteps: Sequence[float]) -> None:
         """Be ready for these."""
@@ -54,13 +68,6 @@ class TimeTable:
         elif not self.config.num_classes:
             tables[None] = self._compute(list(places), None)
         self._expected = places, tables
-
-    @torch.no_grad()
-    def _compute(self, timesteps: list[float], label: int | None) -> Tensor:
-        t = self._bias.new_tensor(timesteps)
-        labels = None if label is None else torch.full_like(t, label, dtype=torch.int64)
-        emb = embed(self.config, self.time_mlp, self.class_embedding, t, labels)
-        return F.linear(emb, self._weight, self._bias)
 
     def _row(self, t: float, label: int | None) -> Tensor:
         """(1, columns)."""
@@ -86,7 +93,7 @@ class TimeTable:
         return rows[keys[0]] if len(rows) == 1 else torch.cat([rows[key] for key in keys])
 
 
-class DeviceTimeTable(TimeTable):
+class DeviceTimeTable(Projections):
     """For a network on a GPU, whose host knows no timestep: nothing here waits for the device.
 
     Once timesteps are expected, others have rows of NaN, since nobody can look; so expect all that
@@ -101,15 +108,18 @@ class DeviceTimeTable(TimeTable):
     def __init__(self, unet: UNet, backend: str) -> None:
         super().__init__(unet)
         self.backend = backend
-        # The timesteps; for each label, their rows.
+        # The timesteps; for each label, their rows. Together, since another thread may be reading.
         self._table: tuple[Tensor, Tensor] | None = None
+        self._captured: list[tuple[Tensor, Tensor]] = []  # which graphs go on reading
 
     def _labels(self) -> list[int | None]:
         count = self.config.num_classes
         return [None] if count is None else [*range(count + (self.config.null_class != "none"))]
 
     def expect(self, timesteps: Sequence[float]) -> None:
-        known = list(dict.fromkeys(timesteps))
+        # As float32, in which they are compared.
+        rounded = torch.tensor([*timesteps], dtype=torch.float32, device="cpu")
+        known = list(dict.fromkeys(rounded.tolist()))
         values = len(self._labels()) * len(known) * len(self._bias)
         self._table = None
         if 0 < values <= MAX_VALUES:
@@ -118,10 +128,13 @@ class DeviceTimeTable(TimeTable):
 
     def __call__(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
         """The rows of t (N,) and class_labels (N,) or None."""
-        if self._table is None:
+        table = self._table
+        if table is None:
             emb = embed(self.config, self.time_mlp, self.class_embedding, t, class_labels)
             return F.linear(emb, self._weight, self._bias)
-        known, rows = self._table
+        known, rows = table
+        if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured.append(table)
         if class_labels is None and self.config.num_classes is not None:
             class_labels = torch.full_like(t, self.config.num_classes, dtype=torch.int64)
         return ops.table_rows(rows, known, t, class_labels, backend=self.backend)

@@ -170,22 +170,24 @@ def normalise_kernel(
 
 @triton.jit
 def rows_kernel(
-    out, table, known, t, labels, count, columns, tiles,
+    out, table, known, t, labels, count, rows, columns, tiles,
     KNOWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = table[labels[n] * count + the place of t[n] in known]; NaN where it is not there.
+    """out[n] = table[labels[n] * count + the place of t[n] in known]; NaN where there is none.
 
-    KNOWN: at least `count`.
+    rows: of the table. KNOWN: at least `count`.
     """
     sample, _, tile = _of_tile(1, tiles)
     lane = tl.arange(0, KNOWN)
     wanted = tl.load(t + sample).to(tl.float32)
-    same = (tl.load(known + lane, mask=lane < count, other=float("nan")) == wanted).to(tl.int32)
-    place = tl.sum(same * lane, 0).to(tl.int64)
+    same = tl.load(known + lane, mask=lane < count, other=float("nan")) == wanted
+    place = tl.max(tl.where(same, lane, -1), 0).to(tl.int64)
+    is_there = place >= 0
     if labels is not None:
         place += tl.load(labels + sample) * count
+    is_there = is_there & (place >= 0) & (place < rows)
+    place = tl.where(is_there, place, 0)
     column = tile * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     row = tl.load(table + place * columns + column, mask=inside)
-    row = tl.where(tl.sum(same, 0) > 0, row, float("nan"))
-    tl.store(out + sample * columns + column, row, mask=inside)
+    tl.store(out + sample * columns + column, tl.where(is_there, row, float("nan")), mask=inside)

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import layer_checks, triton_layer_kernels
+from . import fallback, layer_checks, triton_layer_kernels
 from .moments import SMALLEST_PART, num_parts, part_pixels
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -23,6 +23,7 @@ NORM_PIXELS = 32  # that a program normalises at once
 MOST_NORM_PIXELS = 256  # that it takes
 MANY = 2048  # programs, from which each takes more
 FEWEST_PARTS, FEWEST_GROUPS = 16, 16  # that a variant of the kernel is for
+MOST_MOMENTS = 8192  # that a program adds up: wider groups would not fit its registers
 TABLE_BLOCK = 1024  # columns of a program
 
 
@@ -102,25 +103,28 @@ def group_norm(
     )
     n, x_channels, height, width = x.shape
     pixels, group = height * width, channels // groups
+    block, tiles = _tiles(channels)
+    each, parts, share = part_pixels(pixels), num_parts(pixels), NORM_PIXELS
+    most_parts = max(FEWEST_PARTS, triton.next_power_of_2(parts))
+    span, spanned_groups = _span(group, block)
+    if most_parts * span > MOST_MOMENTS:
+        return fallback.group_norm(x, skip, shift, weight, bias, groups, eps, silu, half)
     first, second = (
         given if given is not None or t is None else _finish(None, t, None, None, 1, 1)
         for t, given in zip((x, skip), moments, strict=True)
     )
     dtype = torch.float16 if half else x.dtype
     out = x.new_empty((n, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
-    block, tiles = _tiles(channels)
-    each, parts, share = part_pixels(pixels), num_parts(pixels), NORM_PIXELS
     while share < MOST_NORM_PIXELS and n * -(-pixels // share) * tiles > MANY:
         share *= 2
     shares = -(-pixels // share)
-    span, spanned_groups = _span(group, block)
     _launch(
         triton_layer_kernels.normalise_kernel,
         n * shares * tiles,
         *(x, out, x, skip, first, second, shift, weight, bias, x_channels, channels - x_channels),
         *(group, *strides, pixels, parts, each, shares, share, tiles, eps),
         SILU=silu,
-        PARTS=max(FEWEST_PARTS, triton.next_power_of_2(parts)),
+        PARTS=most_parts,
         SPAN=span,
         GROUPS=spanned_groups,
         BLOCK_P=NORM_PIXELS,
@@ -137,7 +141,7 @@ def table_rows(table: Tensor, known: Tensor, t: Tensor, labels: Tensor | None) -
     _launch(
         triton_layer_kernels.rows_kernel,
         len(t) * tiles,
-        *(table, out, table, known, t, labels, count, columns, tiles),
+        *(table, out, table, known, t, labels, count, len(table), columns, tiles),
         KNOWN=triton.next_power_of_2(count),
         BLOCK=TABLE_BLOCK,
     )

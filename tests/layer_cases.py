@@ -44,7 +44,7 @@ KNOWN = torch.tensor([1.0, 5.5, 7.0, 9.0, 12.0, 100.0, 999.0])
 
 
 def check_rows(backend: str, device: str = "cpu") -> None:
-    """Of known timesteps the table's bits; of others NaN."""
+    """Of known timesteps the table's bits; of others NaN, and of labels that there are not."""
     labels = torch.tensor([0, 2, 1, 1], device=device)
     for dtype in (torch.int64, torch.int32, torch.float32, torch.float64):
         first = 5.5 if dtype.is_floating_point else 12
@@ -55,3 +55,7 @@ def check_rows(backend: str, device: str = "cpu") -> None:
             place = torch.tensor([KNOWN.tolist().index(first), 6, 0, 0])
             want = TABLE[place if given is None else place + 7 * labels.cpu()]
             assert torch.equal(got[[0, 1, 3]], want[[0, 1, 3]]) and got[2].isnan().all()
+    t = torch.tensor([999, 999, 1, 1], device=device)
+    labels = torch.tensor([3, -1, 2, 2**40], device=device)
+    got = ops.table_rows(TABLE.to(device), KNOWN.to(device), t, labels, backend=backend).cpu()
+    assert torch.equal(got[2], TABLE[14]) and got[[0, 1, 3]].isnan().all()

@@ -57,8 +57,8 @@ def test_how_batches_are_shared_out(extension, tiny_config, monkeypatch):
     small, large = prepare(UNet(tiny_config()), CPU, BF16), prepare(UNet(UNetConfig()), CPU, BF16)
     torch.set_num_threads(2)
     assert [small._group_size(n) for n in (1, 256, 512, 1024)] == [0, 0, 256, 512]
-    assert [large._group_size(n) for n in (1, 2, 3, 4, 16, 64, 100)] == [0, 0, 0, 2, 4, 8, 10]
-    assert [large._group_size(n) for n in (10, 12, 14, 34)] == [5, 3, 7, 0]
+    assert [large._group_size(n) for n in (1, 2, 3, 4, 16, 64, 100)] == [0, 0, 0, 2, 8, 8, 10]
+    assert [large._group_size(n) for n in (10, 12, 14, 34)] == [5, 6, 7, 0]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

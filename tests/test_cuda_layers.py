@@ -47,6 +47,59 @@ def test_table_rows_are_the_tables():
     check_rows("triton", "cuda")
 
 
+def test_a_sample_is_the_same_in_any_batch():
+    """Also where a program's share of it is another."""
+    arguments = case((256, 128, 32), (32, 32), 64, BF16, rows=64)
+    x, skip, *columns = (t.to(CUDA) for t in arguments)
+    (x, of_x), (skip, of_skip) = (
+        ops.finish_conv2d(t, None, None, backend="triton") for t in (x, skip)
+    )
+
+    def normalised(n):
+        moments = of_x[:n].contiguous(), of_skip[:n].contiguous()
+        first = [t[:n].contiguous(memory_format=LAST) for t in (x, skip)]
+        settings = [t[:n] for t in columns]
+        return ops.group_norm(*first, *settings, 32, 1e-6, True, moments=moments, backend="triton")
+
+    whole = normalised(64)
+    for n in (1, 3, 17):
+        assert torch.equal(normalised(n), whole[:n])
+        for t, moments in ((x, of_x), (skip, of_skip)):
+            one = t[:n].contiguous(memory_format=LAST)
+            assert torch.equal(ops.finish_conv2d(one, None, None, backend="triton")[1], moments[:n])
+
+
+def test_what_nobody_expected_is_nan(class_model):
+    network = prepare(class_model.unet, CUDA, F32, backend="triton")
+    network.expect([5, 7])
+    x = torch.randn(4, *class_model.config.sample_shape, device=CUDA)
+    t, labels = torch.tensor([5, 6, 7, 7]), torch.tensor([0, 1, 2, 1000])
+    out = network(x, t.to(CUDA), labels.to(CUDA))
+    assert out.isnan().flatten(1).any(1).tolist() == [False, True, False, True]
+
+
+def test_a_graph_keeps_the_table_that_it_reads(class_model):
+    """Whatever is expected afterwards."""
+    settings = {"device": "cuda", "backend": "triton", "steps": 5, "graphs": True}
+    sampler = Sampler.from_model(class_model, **settings)
+    want = sampler.sample(3, batch_size=3)
+    for first in range(100, 130):
+        sampler.network.expect(range(first, first + 5))
+    torch.cuda.empty_cache()
+    taken = [torch.full((1 << 20,), torch.nan, device=CUDA) for _ in range(64)]
+    assert torch.equal(sampler.sample(3, batch_size=3), want) and taken
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_on_another_gpu_than_the_current_one(class_model):
+    settings = {"backend": "triton", "steps": 5}
+    runs = [
+        Sampler.from_model(class_model, device=f"cuda:{i}", **settings).sample(3, batch_size=3)
+        for i in range(2)
+    ]
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-4)
+
+
 def check_network(unet, dtype, n=6, bound=None):
     arguments = inputs(unet.config, n)
     want = run(unet, F32, *arguments)

@@ -23,8 +23,9 @@ from unet_cases import (
 
 from ddpm_fast import ops
 from ddpm_fast.checkpoint import load_model
-from ddpm_fast.fused import CpuLayers, Layer
+from ddpm_fast.fused import CpuLayers
 from ddpm_fast.fused_blocks import FusedAttention
+from ddpm_fast.fused_layer import Layer
 from ddpm_fast.inference import FusedUNet, prepare, unfused
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.unet import Attention, UNet
