@@ -28,10 +28,12 @@ def _convolution(
     """By the fastest of cuDNN's algorithms that repeat themselves; float32 is float32, not TF32."""
     if x.is_cuda and torch.backends.cudnn.enabled:
         choice = {"benchmark": True, "deterministic": True, "allow_tf32": False}
-        return torch.ops.aten.cudnn_convolution.default(
+        y = torch.ops.aten.cudnn_convolution.default(
             x, weight, padding, stride, [1, 1], 1, **choice
         )
-    return F.conv2d(x, weight, None, stride, padding).contiguous(memory_format=LAST)
+    else:
+        y = F.conv2d(x, weight, None, stride, padding)
+    return y.contiguous(memory_format=LAST)
 
 
 def _float32(bias: Tensor | None) -> Tensor | None:
