@@ -241,6 +241,7 @@ class CpuLayers:
     """
 
     device = torch.device("cpu")
+    in_groups = True  # cores may take groups of a batch, each by itself
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype

@@ -174,6 +174,8 @@ class GpuLayers:
         backend: of the fused kernels.
     """
 
+    in_groups = False
+
     def __init__(self, device: torch.device, dtype: torch.dtype, backend: str) -> None:
         self.device, self.dtype, self.backend = device, dtype, backend
 

@@ -48,6 +48,7 @@ class FusedUNet(Layer):
     def __init__(self, unet: UNet, layers: Layers) -> None:
         super().__init__()
         self.config, self.device, self.dtype = unet.config, layers.device, layers.dtype
+        self.in_groups = layers.in_groups
         self.table = layers.time_table(unet)
         sizes = self._sizes()
         level = 0
@@ -121,7 +122,7 @@ class FusedUNet(Layer):
         threads = torch.get_num_threads()
         height, width = self._sizes()[0]
         bytes_each = self.config.base_channels * height * width * self.dtype.itemsize
-        if self.device.type != "cpu" or threads == 1 or is_ending():
+        if not self.in_groups or threads == 1 or is_ending():
             return 0
         is_own = self.conv_in.is_own
         if not is_own and batch_size * bytes_each <= LARGEST_OF_ONE_CORE:
