@@ -26,7 +26,8 @@ Activation = Tensor | Features  # what layers give each other
 def _fits_half(block: ResBlock, size: Size) -> bool:
     """Whether no input of this size makes the first convolution overflow float16.
 
-    Of n values that are normalised together none is beyond sqrt(n).
+    Of n values that are normalised together none is beyond sqrt(n). The bound is far from what
+    happens; beyond it, with larger images than the trained ones, a run says what is not finite.
     """
     norm, conv = block.norm1, block.conv1
     values = norm.num_channels // norm.num_groups * size[0] * size[1]
