@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from ddpm_fast.checkpoint import load_model
 from ddpm_fast.device import resolve_device, resolve_dtype
 from ddpm_fast.sampler import Sampler
 
+PEAK_MEMORY = Path(__file__).with_name("peak_memory.py")
 ROUNDS = 5
 BATCH_SIZE = 64
 PACKAGES = ("torch", "numpy", "PIL", "safetensors", "tqdm", "ddpm_fast")
@@ -81,13 +81,11 @@ def memory(folder: Path) -> dict:
     bulk_kills.tiny_model(model)
     figures = {}
     for n in (500, 20_000):
-        command = [sys.executable, "-m", "ddpm_fast.sample", "--model", str(model), "--npz"]
+        command = [sys.executable, str(PEAK_MEMORY), "--model", str(model), "--npz", "--quiet"]
         command += ["--num-samples", str(n), "--batch-size", str(BATCH_SIZE), "--steps", "2"]
-        process = subprocess.Popen([*command, "--quiet", "--out", str(folder / str(n))])
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise RuntimeError(f"the run of {n} samples failed")
-        figures[f"{n} samples, MiB"] = usage.ru_maxrss / 1024
+        command += ["--out", str(folder / str(n))]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        figures[f"{n} samples, MiB"] = float(done.stdout.splitlines()[-1])
     few, many = figures.values()
     return figures | {"ratio": many / few}
 

@@ -4,39 +4,49 @@
     python benchmarks/peers.py --memory
 
 Needs the extra `peers`; OpenVINO is left out, and named, where it is not installed. Every engine
-has the same number of threads. Milliseconds (median and quartiles), seconds of preparation, errors
-against the float32 `UNet` and the share of a convolution's speed measured in the same run go to
-results/peers_MODEL.json, peak memory to results/peers_memory.json.
+reads the same files and has the same number of threads. Milliseconds (median and quartiles),
+seconds from the files until it can be called, errors against the float32 `UNet` and the share of a
+convolution's speed measured in the same run go to results/peers_MODEL.json; the peak memory of a
+process for each engine, which imports no other, to results/peers_memory.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import results
 import torch
-from diffusers_peer import to_diffusers
 from networks import MODELS, TIMESTEPS, flop_of, inputs
+from peak_memory import peak_memory
 from torch import Tensor, nn
 
-from ddpm_fast.checkpoint import Model
+from ddpm_fast.checkpoint import Model, load_model
 from ddpm_fast.fused import is_packable
 from ddpm_fast.inference import prepare
 
 CPU = torch.device("cpu")
 LAST = torch.channels_last
+F32, BF16 = torch.float32, torch.bfloat16
 TURN = 0.1  # seconds; a first call after another engine's finds the caches cold
 Engine = Callable[[Tensor, Tensor], Callable[[], Tensor]]  # (x, t) -> one evaluation
 
 
-def _diffusers(model: Model, dtype: torch.dtype, order: torch.memory_format) -> Engine:
-    unet = to_diffusers(model).unet.to(dtype).to(memory_format=order)
+def _unet2d(folder: Path, dtype: torch.dtype) -> nn.Module:
+    from diffusers import UNet2DModel  # here, since it takes memory that others need not
+
+    return UNet2DModel.from_pretrained(folder / "unet", torch_dtype=dtype).eval()
+
+
+def _diffusers(folder: Path, dtype: torch.dtype, order: torch.memory_format) -> Engine:
+    unet = _unet2d(folder, dtype).to(memory_format=order)
 
     def at(x: Tensor, t: Tensor) -> Callable[[], Tensor]:
         x = x.to(dtype).contiguous(memory_format=order)
@@ -54,10 +64,10 @@ class _Sample(nn.Module):
         return self.unet(x, t).sample
 
 
-def _openvino(model: Model) -> Engine:
+def _openvino(folder: Path) -> Engine:
     import openvino
 
-    unet, core = _Sample(to_diffusers(model).unet), openvino.Core()
+    unet, core = _Sample(_unet2d(folder, F32)), openvino.Core()
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -72,7 +82,8 @@ def _openvino(model: Model) -> Engine:
     return at
 
 
-def _ours(model: Model, dtype: torch.dtype) -> Engine:
+def _ours(folder: Path, dtype: torch.dtype) -> Engine:
+    model = load_model(folder)
     network = prepare(model.unet, CPU, dtype)
     network.expect(range(model.schedule.num_timesteps))
 
@@ -83,14 +94,13 @@ def _ours(model: Model, dtype: torch.dtype) -> Engine:
     return at
 
 
-F32, BF16 = torch.float32, torch.bfloat16
-ENGINES: dict[str, Callable[[Model], Engine]] = {
-    "diffusers float32": lambda m: _diffusers(m, F32, torch.contiguous_format),
-    "diffusers float32 channels_last": lambda m: _diffusers(m, F32, LAST),
-    "diffusers bfloat16 channels_last": lambda m: _diffusers(m, BF16, LAST),
+ENGINES: dict[str, Callable[[Path], Engine]] = {
+    "diffusers float32": lambda folder: _diffusers(folder, F32, torch.contiguous_format),
+    "diffusers float32 channels_last": lambda folder: _diffusers(folder, F32, LAST),
+    "diffusers bfloat16 channels_last": lambda folder: _diffusers(folder, BF16, LAST),
     "OpenVINO bfloat16": _openvino,
-    "ddpm_fast float32": lambda m: _ours(m, F32),
-    "ddpm_fast bfloat16": lambda m: _ours(m, BF16),
+    "ddpm_fast float32": lambda folder: _ours(folder, F32),
+    "ddpm_fast bfloat16": lambda folder: _ours(folder, BF16),
 }
 
 
@@ -134,27 +144,46 @@ def rounds(calls: dict[str, Callable[[], Tensor]], count: int) -> dict[str, dict
     return figures
 
 
-def peak_memory(model: str, engine: str, batch_size: int) -> float:
-    """MiB that a process reaches that makes and runs this engine only."""
-    command = [sys.executable, __file__, "--peak", model, engine, str(batch_size)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+@contextmanager
+def saved(model: Model) -> Iterator[Path]:
+    """The files that every engine starts from: a folder as diffusers saves it."""
+    from diffusers_peer import to_diffusers
+
+    with tempfile.TemporaryDirectory() as folder:
+        to_diffusers(model).save_pretrained(folder)
+        yield Path(folder)
 
 
-def _print_peak(model: str, engine: str, batch_size: str) -> None:
-    made = MODELS[model]()
-    call = ENGINES[engine](made)(*inputs(made, int(batch_size)))
+def peaks_of(model: Model, names: list[str], batch_size: int) -> dict[str, float]:
+    """MiB that a process reaches that loads and runs one engine only."""
+    peaks = {}
+    with saved(model) as folder:
+        x = folder / "x.pt"
+        torch.save(inputs(model, batch_size), x)
+        for name in names:
+            command = [sys.executable, __file__, "--peak", folder, name, x]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{name} could not be run: {done.stderr.strip()}")
+            peaks[name] = float(done.stdout.splitlines()[-1])
+            print(f"{name:34} {peaks[name]:9.0f} MiB", flush=True)
+    return peaks
+
+
+def _print_peak(folder: str, engine: str, x: str) -> None:
+    call = ENGINES[engine](Path(folder))(*torch.load(x))
     call()
     call()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_memory())
 
 
-def make_engines(model: Model, names: list[str], figures: dict) -> dict[str, Engine]:
+def make_engines(folder: Path, names: list[str], figures: dict) -> dict[str, Engine]:
     """Those that are installed; the seconds that each took, and the rest's names, in figures."""
     made = {}
     for name in names:
         began = time.perf_counter()
         try:
-            made[name] = ENGINES[name](model)
+            made[name] = ENGINES[name](folder)
         except ImportError as error:
             figures["absent"].append(f"{name} ({error.name})")
             continue
@@ -166,7 +195,8 @@ def measure(model_name: str, names: list[str], batch_sizes: list[int], count: in
     model = MODELS[model_name]()
     work = flop_of(model)
     figures: dict = {"flop_an_image": work, "engines": {}, "absent": [], "batches": {}}
-    made = make_engines(model, names, figures)
+    with saved(model) as folder:
+        made = make_engines(folder, names, figures)
     x, t = inputs(model, len(TIMESTEPS))
     want = model.unet(x, t)
     for name, engine in made.items():
@@ -207,7 +237,7 @@ def main() -> None:
         return _print_peak(*args.peak)
     if args.memory:
         largest = max(args.batch_sizes)
-        figures = {m: {e: peak_memory(m, e, largest) for e in args.engines} for m in args.models}
+        figures = {m: peaks_of(MODELS[m](), args.engines, largest) for m in args.models}
         print(results.write("peers_memory", {"batch_size": largest, "mib": figures}))
         return None
     settings = (args.engines, args.batch_sizes, args.rounds)

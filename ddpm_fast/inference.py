@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import backend as backends
 from . import fused, fused_cuda
-from .device import give_back_freed_memory, memory_format, with_index
+from .device import give_back_freed_memory, keep_freed_memory, memory_format, with_index
 from .fused import CpuLayers
 from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, Layers
 from .fused_cuda import GpuLayers
@@ -215,6 +215,8 @@ def prepare(
     has those of a network also with "cuda"). With the backend "reference", a GPU's stays a `UNet`.
     """
     device = with_index(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     # A subclass may compute another function.
     layers = _layers(device, dtype, backend) if fused and type(unet) is UNet else None
     if layers is not None:
