@@ -195,6 +195,7 @@ def draw_all(args: argparse.Namespace, indices: range, world: World) -> None:
     }
     sampler.check(indices, **settings)
     run = make_record(model, sampler, indices, settings, None if init is None else init.checksums)
+    del model  # its weights, of which the sampler has its own
     with Output(
         args.out,
         sampler.sample_shape,
