@@ -8,7 +8,7 @@
 namespace ddpm_fast {
 namespace {
 
-using Pair = std::vector<int64_t>;
+using Integers = std::vector<int64_t>;
 
 constexpr int64_t kMostTaps = 1 << 10;  // along a side
 
@@ -29,32 +29,44 @@ ScalarType packed_dtype(const ConvKernels& kernel) {
                                              : ScalarType::Half;
 }
 
-// (height, width), each of them at least `least`.
-void set_pair(const char* name, const Pair& values, int64_t least, int64_t (&to)[2]) {
-  require(values.size() == 2 && values[0] >= least && values[1] >= least &&
-              values[0] <= kMostTaps && values[1] <= kMostTaps,
-          name, " must be two integers from ", least, " to ", kMostTaps, ", for height and width.");
+// (height, width).
+void set_pair(const char* name, const Integers& values, int64_t (&to)[2]) {
+  require(values.size() == 2 && values[0] > 0 && values[1] > 0 && values[0] <= kMostTaps &&
+              values[1] <= kMostTaps,
+          name, " must be two integers from 1 to ", kMostTaps, ", for height and width.");
   to[0] = values[0];
   to[1] = values[1];
 }
 
-ConvShape shape_of(const Tensor& x, int64_t out_channels, const Pair& kernel_size,
-                   const Pair& stride, const Pair& padding) {
+// Of (height, width), or (top, left, bottom, right), and the sizes of input and output. The shape
+// does not say how much follows the input: the output's size does.
+void set_padding(const Tensor& x, const Integers& padding, ConvShape& shape) {
+  const auto fits = [](int64_t value) { return value >= 0 && value <= kMostTaps; };
+  require((padding.size() == 2 || padding.size() == 4) &&
+              std::all_of(padding.begin(), padding.end(), fits),
+          "padding must be two integers from 0 to ", kMostTaps,
+          ", for height and width, or four, for top, left, bottom and right.");
+  for (int i = 0; i < 2; ++i) {
+    shape.size[i] = x.size(i + 2);
+    shape.padding[i] = padding[i];
+    const int64_t after = padding[padding.size() - 2 + i];
+    const int64_t room = shape.size[i] + padding[i] + after - shape.kernel[i];
+    require(room >= 0, "x, ", shape_text(x), ", must be as large as the kernel, with its padding.");
+    shape.out_size[i] = room / shape.stride[i] + 1;
+  }
+}
+
+ConvShape shape_of(const Tensor& x, int64_t out_channels, const Integers& kernel_size,
+                   const Integers& stride, const Integers& padding) {
   ConvShape shape{};
   shape.in_channels = x.size(1);
   shape.out_channels = out_channels;
   require(out_channels > 0 && shape.in_channels > 0,
           "x and the result must have channels, but they have ", shape.in_channels, " and ",
           out_channels, ".");
-  set_pair("kernel_size", kernel_size, 1, shape.kernel);
-  set_pair("stride", stride, 1, shape.stride);
-  set_pair("padding", padding, 0, shape.padding);
-  for (int i = 0; i < 2; ++i) {
-    shape.size[i] = x.size(i + 2);
-    const int64_t room = shape.size[i] + 2 * shape.padding[i] - shape.kernel[i];
-    require(room >= 0, "x, ", shape_text(x), ", must be as large as the kernel, with its padding.");
-    shape.out_size[i] = room / shape.stride[i] + 1;
-  }
+  set_pair("kernel_size", kernel_size, shape.kernel);
+  set_pair("stride", stride, shape.stride);
+  set_padding(x, padding, shape);
   return shape;
 }
 
@@ -121,7 +133,7 @@ Tensor pack_conv2d(Tensor weight, ScalarType dtype, bool winograd) {
   ConvShape shape{};
   shape.out_channels = weight.size(0);
   shape.in_channels = weight.size(1);
-  set_pair("the weight's kernel", {weight.size(2), weight.size(3)}, 1, shape.kernel);
+  set_pair("the weight's kernel", {weight.size(2), weight.size(3)}, shape.kernel);
   if (winograd) require_3x3(shape);
   const std::vector<int64_t> size{kernel.packed_elements(shape)};
   Tensor packed = torch::stable::new_empty(weight, size, packed_dtype(kernel));
@@ -130,8 +142,8 @@ Tensor pack_conv2d(Tensor weight, ScalarType dtype, bool winograd) {
 }
 
 Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
-              int64_t out_channels, Pair kernel_size, Pair stride, Pair padding, bool winograd,
-              bool half) {
+              int64_t out_channels, Integers kernel_size, Integers stride, Integers padding,
+              bool winograd, bool half) {
   const ScalarType dtype = x.scalar_type();
   const ConvKernels& kernel = kernels_for(dtype, winograd);
   require_image("x", x, dtype);

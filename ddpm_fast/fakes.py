@@ -40,10 +40,10 @@ def _require_like(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
     require(got == shape, f"{name} must have the shape of {like_name}, {shape}, but it is {got}.")
 
 
-def _require_pair(name: str, values: Sequence[int], least: int) -> None:
+def _require_pair(name: str, values: Sequence[int]) -> None:
     require(
-        len(values) == 2 and min(values) >= least,
-        f"{name} must be two integers from {least}, for height and width.",
+        len(values) == 2 and min(values) > 0,
+        f"{name} must be two integers from 1, for height and width.",
     )
 
 
@@ -108,10 +108,15 @@ def register() -> None:
     ):
         _require_one_device(x, weight, bias, residual)
         _require_image("x", x, *LAYER_DTYPES, *(torch.float16,) * winograd)
-        _require_pair("kernel_size", kernel_size, 1)
-        _require_pair("stride", stride, 1)
-        _require_pair("padding", padding, 0)
-        room = [x.shape[i + 2] + 2 * padding[i] - kernel_size[i] for i in range(2)]
+        _require_pair("kernel_size", kernel_size)
+        _require_pair("stride", stride)
+        require(
+            len(padding) in (2, 4) and min(padding) >= 0,
+            "padding must be two integers from 0, for height and width, or four, for top, left,"
+            " bottom and right.",
+        )
+        before, after = padding[:2], padding[-2:]
+        room = [x.shape[i + 2] + before[i] + after[i] - kernel_size[i] for i in range(2)]
         require(
             min(room) >= 0,
             f"x, {tuple(x.shape)}, must be as large as the kernel, with its padding.",

@@ -25,8 +25,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 FEWEST_CHANNELS = {torch.float32: 16, torch.bfloat16: 64}
 FEWEST_PIXELS = 49
 LONGEST_SCORES = 512  # positions up to which torch's attention keeps its scores whole
-PACKING = 3  # one more with each change of what `ops.pack_conv2d` makes, or of a layer's parts
+PACKING = 4  # one more with each change of what `ops.pack_conv2d` makes, or of a layer's parts
 _onednn = torch.ops.mkldnn
+# Without what `ops` looks for first: a prepared network found the extension when it was made, and
+# has no gradients. For a batch of 1 that is a tenth of the time between two kernels.
+_own = torch.ops.ddpm_fast
 
 
 def _packing(dtype: torch.dtype) -> tuple[torch.dtype, str | None, int]:
@@ -62,7 +65,8 @@ class Conv(PackedLayer):
 
     weight (O, I, kH, kW) and bias (O) float32, padding on both sides; size: (H, W) of the usual
     input, which decides the order of the weight, but not what may be given. exact: in bfloat16 by
-    Winograd's algorithm, whose weights are float16, with few channels on one side too.
+    Winograd's algorithm, whose weights are float16, with few channels on one side too. end: more
+    padding, (below, to the right).
     """
 
     def __init__(
@@ -74,9 +78,10 @@ class Conv(PackedLayer):
         padding: Size = (0, 0),
         stride: Size = (1, 1),
         exact: bool = False,
+        end: Size = (0, 0),
     ) -> None:
         super().__init__()
-        self.shape, self.size = tuple(weight.shape), size
+        self.shape, self.size, self.end = tuple(weight.shape), size, end
         self.is_own = ops.is_conv2d_fastest(dtype)
         self.place = (list(padding), list(stride), [1, 1], 1)
         channels = (max if exact and dtype == torch.bfloat16 else min)(self.shape[:2])
@@ -87,7 +92,10 @@ class Conv(PackedLayer):
             and size[0] * size[1] >= FEWEST_PIXELS
         )
         kernel = list(self.shape[2:])
-        self.own_place = (self.shape[0], kernel, list(stride), list(padding), winograd)
+        around = [*padding]
+        if any(end):
+            around += [padding[0] + end[0], padding[1] + end[1]]
+        self.own_place = (self.shape[0], kernel, list(stride), around, winograd)
         # Winograd's algorithm works in float32: then x is rounded less as float16, and the result
         # may be float16 too, if `half` is set.
         self.takes_half = self.is_own and winograd and dtype == torch.bfloat16
@@ -120,7 +128,9 @@ class Conv(PackedLayer):
     def forward(self, x: Tensor, to: Tensor | None = None) -> Tensor:
         """The convolution of x, plus `to`, rounded once."""
         if self.is_own:
-            return ops.conv2d(x, self.weight, self.bias, to, *self.own_place, self.half)
+            return _own.conv2d.default(x, self.weight, self.bias, to, *self.own_place, self.half)
+        if any(self.end):
+            x = F.pad(x, (0, self.end[1], 0, self.end[0]))
         if not self.is_fused:
             padding, stride, _, _ = self.place
             y = F.conv2d(x, self.weight, self.bias, stride, padding)
@@ -158,7 +168,7 @@ class UpsampleConv(PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_own:
-            return ops.upsample_conv2d(x, self.weight, self.bias, self.shape[0])
+            return _own.upsample_conv2d.default(x, self.weight, self.bias, self.shape[0])
         n, _, height, width = x.shape
         (rows, columns), channels = self.factors, self.shape[0]
         y = self.conv(x).permute(0, 2, 3, 1).unflatten(3, (rows, columns, channels))
@@ -224,7 +234,7 @@ class Attend(Layer):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.is_own:
-            return ops.attention(query, key, value, self.heads)
+            return _own.attention.default(query, key, value, self.heads)
         q, k, v = (heads_of(x, self.heads) for x in (query, key, value))
         if self.heads > 1 or q.shape[2] > LONGEST_SCORES:
             h = F.scaled_dot_product_attention(q, k, v, scale=1.0)
@@ -249,11 +259,18 @@ class CpuLayers:
     def time_table(self, unet: UNet) -> TimeTable:
         return TimeTable(unet)
 
-    def conv(self, conv: nn.Module, size: Size, bias: bool = True, exact: bool = False) -> Conv:
-        """A convolution of one dimension or two. exact: see `Conv`."""
+    def conv(
+        self,
+        conv: nn.Module,
+        size: Size,
+        bias: bool = True,
+        exact: bool = False,
+        end: Size = (0, 0),
+    ) -> Conv:
+        """A convolution of one dimension or two. exact, end: see `Conv`."""
         padding, stride = as_pair(conv.padding, 0), as_pair(conv.stride, 1)
         weight, values = as_image(conv.weight), conv.bias if bias else None
-        return Conv(weight, values, self.dtype, size, padding, stride, exact)
+        return Conv(weight, values, self.dtype, size, padding, stride, exact, end)
 
     def upsample(self, conv: nn.Module, size: Size, bias: bool = True) -> UpsampleConv:
         """A convolution that follows nearest-neighbour doubling."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .fused import CpuLayers
 from .fused_cuda import GpuLayers
-from .fused_layer import Layer, Size, as_image
+from .fused_layer import Layer, Size, as_image, as_pair
 from .moments import Features, tensor
 from .time_table import TimeTable
 from .unet import Attention, Downsample, ResBlock, Stage, Upsample
@@ -165,8 +165,11 @@ class FusedResampler(Layer):
     def __init__(self, layer: Downsample | Upsample, layers: Layers, size: Size) -> None:
         super().__init__()
         is_up = isinstance(layer, Upsample)
-        self.pad = () if is_up else layer.pad
-        self.conv = (layers.upsample if is_up else layers.conv)(layer.conv, size)
+        if is_up:
+            self.conv = layers.upsample(layer.conv, size)
+        else:
+            end = as_pair(layer.pad[1::2], 0)  # of F.pad's (before, after) of each dimension
+            self.conv = layers.conv(layer.conv, size, end=end)
 
     def forward(self, x: Activation, skip: None, rows: Sequence[Tensor]) -> Activation:
-        return self.conv(F.pad(tensor(x), self.pad) if self.pad else x)
+        return self.conv(tensor(x))

@@ -56,8 +56,10 @@ class Conv(Layer):
         padding: Size,
         stride: Size,
         phases: Size = (1, 1),
+        end: Size = (0, 0),
     ) -> None:
         super().__init__()
+        self.end = end
         self.weight = weight.to(layers.dtype, copy=True, memory_format=LAST)
         self.bias, self.backend, self.phases = _float32(bias), layers.backend, phases
         self.padding, self.stride = list(padding), list(stride)
@@ -67,7 +69,10 @@ class Conv(Layer):
         self, x: Tensor | Features, to: Tensor | Features | None = None
     ) -> Tensor | Features:
         """The convolution of x, plus `to`; without moments where there is nothing to add."""
-        y = _convolution(tensor(x), self.weight, self.padding, self.stride)
+        x = tensor(x)
+        if any(self.end):
+            x = F.pad(x, (0, self.end[1], 0, self.end[0]))
+        y = _convolution(x, self.weight, self.padding, self.stride)
         if self.is_finished and to is None:
             return y
         to = None if to is None else tensor(to)
@@ -182,10 +187,18 @@ class GpuLayers:
     def time_table(self, unet: UNet) -> DeviceTimeTable:
         return DeviceTimeTable(unet, self.backend)
 
-    def conv(self, conv: nn.Module, size: Size, bias: bool = True, exact: bool = False) -> Conv:
-        """A convolution of one dimension or two. exact: nothing, on a GPU."""
+    def conv(
+        self,
+        conv: nn.Module,
+        size: Size,
+        bias: bool = True,
+        exact: bool = False,
+        end: Size = (0, 0),
+    ) -> Conv:
+        """A convolution of one dimension or two. exact: nothing, on a GPU. end: see `Conv`."""
         padding, stride = as_pair(conv.padding, 0), as_pair(conv.stride, 1)
-        return Conv(as_image(conv.weight), conv.bias if bias else None, self, padding, stride)
+        weight, values = as_image(conv.weight), conv.bias if bias else None
+        return Conv(weight, values, self, padding, stride, end=end)
 
     def upsample(self, conv: nn.Module, size: Size, bias: bool = True) -> Conv:
         """A convolution that follows nearest-neighbour doubling: one convolution of all phases."""

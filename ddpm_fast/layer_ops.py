@@ -148,9 +148,10 @@ def conv2d(
     the weight for bfloat16. weight: from `pack_conv2d`, for x's dtype. bias: float32 (O,).
     residual: like the result, (N, O, H', W') in x's dtype, channels_last; but for float16 both are
     bfloat16, unless the result is to stay float16, `half`.
-    kernel_size, stride, padding: of (height, width). winograd: by Winograd's algorithm with tiles
-    of 4 x 4 (Lavin and Gray, 2015, equation 8), for kernels of 3 x 3 and stride 1; a quarter of the
-    products, in float32 with about twice the error, and many channels must share what it costs.
+    kernel_size, stride, padding: of (height, width); a padding of four: (top, left, bottom, right).
+    winograd: by Winograd's algorithm with tiles of 4 x 4 (Lavin and Gray, 2015, equation 8), for
+    kernels of 3 x 3 and stride 1; a quarter of the products, in float32 with about twice the error,
+    and many channels must share what it costs.
     A sample's bits depend on the sample alone. No gradients. Raises RuntimeError where an argument
     is not so, and on a CPU without AVX2, or without AVX512-BF16 for bfloat16; BackendError without
     the compiled extension.

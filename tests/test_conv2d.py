@@ -122,6 +122,25 @@ def test_neither_batch_nor_place_nor_threads_change_a_bit(dtype, layer, winograd
             assert torch.equal(got, want[part])
 
 
+@pytest.mark.parametrize(
+    "stride,padding,winograd",
+    [
+        ((2, 2), (0, 0, 1, 1), False),  # as in Ho et al.
+        ((2, 1), (1, 0, 0, 2), False),
+        ((1, 1), (0, 2, 3, 1), False),
+        ((1, 1), (0, 2, 3, 1), True),
+    ],
+)
+def test_padding_may_differ_on_the_four_sides(dtype, stride, padding, winograd):
+    """Bit for bit what an input with these zeros gives."""
+    top, left, bottom, right = padding
+    layer = (24, 40, (3, 3), stride, padding, (9, 14))
+    x, weight, bias, _ = case((*layer[:4], (0, 0), layer[5]), 2, dtype)
+    padded = F.pad(x, (left, right, top, bottom)).contiguous(memory_format=LAST)
+    want = convolution((*layer[:4], (0, 0)), padded, weight, bias, winograd=winograd)
+    assert torch.equal(convolution(layer, x, weight, bias, winograd=winograd), want)
+
+
 def upsampled(x, weight, bias, taps):
     """Of a weight (O, I, 3, 3), or (O, I, 1, 3) for a series."""
     conv = torch.nn.Conv2d(*weight.shape[1::-1], taps, padding=tuple(k // 2 for k in taps))

@@ -18,6 +18,8 @@ from ddpm_fast import backend, ops
         ({"x": torch.zeros(2, 6, 3, 5, dtype=BF16).contiguous(memory_format=LAST)},
          r"pack_conv2d makes of a weight \(6, 6, 3, 3\)"),
         ({"padding": [0, -1]}, "padding must be two integers from 0 to 1024"),
+        ({"padding": [0, 0, 1]}, "or four, for top, left, bottom and right"),
+        ({"padding": [0, 0, 0, -1]}, "or four, for top, left, bottom and right"),
         ({"padding": [0, 0], "kernel_size": [5, 1]}, "as large as the kernel, with its padding"),
         ({"stride": [0, 1]}, "stride must be two integers from 1"),
         ({"kernel_size": [3]}, "kernel_size must be two integers"),

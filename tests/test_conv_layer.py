@@ -4,15 +4,15 @@ import pickle
 
 import pytest
 import torch
-from conv_cases import BF16, F32, LAYERS, case, needs_bfloat16
+from conv_cases import BF16, F32, LAST, LAYERS, case, needs_bfloat16
 
 from ddpm_fast import backend, fused, info, ops
 
 
-def layer_of(layer, dtype):
+def layer_of(layer, dtype, end=(0, 0)):
     *_, stride, padding, size = layer
     weight, bias = case(layer, 1, F32)[1:3]
-    return fused.Conv(weight, bias, dtype, size, padding, stride)
+    return fused.Conv(weight, bias, dtype, size, padding, stride, end=end)
 
 
 @needs_bfloat16
@@ -31,6 +31,20 @@ def test_a_network_uses_it_where_the_cpu_has_no_amx(monkeypatch, has_amx):
         torch.testing.assert_close(
             conv(x, to), layer_of(layer, BF16)(x, to), rtol=2**-7, atol=2**-6
         )
+
+
+@pytest.mark.parametrize("end", [(1, 1), (0, 2)])
+def test_more_padding_at_the_end_is_the_same_with_every_kernel(monkeypatch, end):
+    layer = (24, 32, (3, 3), (2, 2), (0, 0), (8, 9))
+    x = case(layer, 2, F32)[0]
+    own = layer_of(layer, F32, end)
+    monkeypatch.setattr(ops, "is_conv2d_fastest", lambda dtype: False)
+    other = layer_of(layer, F32, end)
+    padded = torch.nn.functional.pad(x, (0, end[1], 0, end[0])).contiguous(memory_format=LAST)
+    want = layer_of(layer, F32)(padded)
+    assert not other.is_own
+    for conv in (own, other):
+        torch.testing.assert_close(conv(x), want)
 
 
 def test_without_the_extension_there_is_none(monkeypatch):

@@ -67,6 +67,11 @@ CONVOLUTIONS = [
     (lambda n: conv2d(n, image(2, 4, 3, 3), padding=[0, -1]), "padding must be two integers from"),
     (lambda n: conv2d(n, image(2, 4, 3, 1), padding=[0, 0]), "as large as the kernel, with its"),
     (lambda n: conv2d(n, image(2, 4, 3, 3), image(2, 6, 3, 4)), "residual must have the shape of"),
+    (lambda n: conv2d(n, image(2, 4, 3, 3), padding=[0, 0, 1]), "or four, for top, left, bottom"),
+    (
+        lambda n: conv2d(n, image(2, 4, 3, 3), image(2, 6, 3, 3), padding=[1, 1, 1, 0]),
+        "residual must have the shape of",
+    ),
     (lambda n: conv2d(n, image(2, 4, 3, 3), image(2, 6, 3, 3, dtype=F16)), "residual must be fl"),
     (lambda n: upsample(torch.zeros(2, 4, 3), 4, n), RANK),
     (lambda n: upsample(image(2, 4, 3, 3, dtype=F16), 4, n), "float32 (or|and) bfloat16, .* floa"),

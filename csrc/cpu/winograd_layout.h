@@ -11,7 +11,7 @@ namespace {
 constexpr int kTile = 4, kSide = kTile + 2, kPlaces = kSide * kSide;
 // Bytes of a strip's transformed input and sums: the more, the fewer times the weights are read.
 constexpr int64_t kWinogradBytes = int64_t{1} << 21;
-constexpr int64_t kFewestTiles = 12;  // of kA strip
+constexpr int64_t kFewestTiles = 12;  // of a strip
 
 // Polynomials are evaluated at 0, kA, -kA, kB, -kB and infinity. Of the points whose products are
 // exact, these had the smallest error.
@@ -67,8 +67,8 @@ struct WinogradLayout {
   static constexpr bool kIsScaled = sizeof(Stored) < sizeof(float);
   const ConvShape& shape;
   ConvBlocks<D> blocks;
-  int64_t depth;                     // of kA transformed pixel
-  int64_t tiles_down, tiles_across;  // of kA sample
+  int64_t depth;                     // of a transformed pixel
+  int64_t tiles_down, tiles_across;  // of a sample
   int64_t strip;                     // tiles that are transformed together
 
   explicit WinogradLayout(const ConvShape& s)
@@ -126,7 +126,7 @@ void pack_winograd(const ConvShape& shape, const float* weight, typename D::Stor
       const bool exists = o < shape.out_channels;
       const float* g = weight + (exists ? o * channels * 9 : 0);
       double transformed[kPlaces] = {};
-      double inverse = 1.0;  // of the scale, kA power of two
+      double inverse = 1.0;  // of the scale, a power of two
       if constexpr (WinogradLayout<D>::kIsScaled) {
         double largest = 0.0;
         for (int64_t i = 0; exists && i < channels; ++i) {
