@@ -65,8 +65,8 @@ class Conv(PackedLayer):
 
     weight (O, I, kH, kW) and bias (O) float32, padding on both sides; size: (H, W) of the usual
     input, which decides the order of the weight, but not what may be given. exact: in bfloat16 by
-    Winograd's algorithm, whose weights are float16, with few channels on one side too. end: more
-    padding, (below, to the right).
+    our own Winograd's algorithm, whose weights are float16, also with few channels, and where
+    oneDNN is faster. end: more padding, (below, to the right).
     """
 
     def __init__(
@@ -82,15 +82,17 @@ class Conv(PackedLayer):
     ) -> None:
         super().__init__()
         self.shape, self.size, self.end = tuple(weight.shape), size, end
-        self.is_own = ops.is_conv2d_fastest(dtype)
         self.place = (list(padding), list(stride), [1, 1], 1)
-        channels = (max if exact and dtype == torch.bfloat16 else min)(self.shape[:2])
+        exact = exact and dtype == torch.bfloat16
+        fewest = FEWEST_CHANNELS[torch.float32 if exact else dtype]
         winograd = (
             self.shape[2:] == (3, 3)
             and tuple(stride) == (1, 1)
-            and channels >= FEWEST_CHANNELS[dtype]
+            and (max if exact else min)(self.shape[:2]) >= fewest
             and size[0] * size[1] >= FEWEST_PIXELS
         )
+        is_exact = exact and winograd and ops.has_conv2d(dtype)
+        self.is_own = ops.is_conv2d_fastest(dtype) or is_exact
         kernel = list(self.shape[2:])
         around = [*padding]
         if any(end):
@@ -254,7 +256,7 @@ class CpuLayers:
     in_groups = True  # cores may take groups of a batch, each by itself
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+        self.dtype, self.is_own = dtype, ops.is_conv2d_fastest(dtype)
 
     def time_table(self, unet: UNet) -> TimeTable:
         return TimeTable(unet)

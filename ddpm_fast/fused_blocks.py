@@ -23,13 +23,12 @@ Layers = CpuLayers | GpuLayers
 Activation = Tensor | Features  # what layers give each other
 
 
-def _fits_half(block: ResBlock, size: Size) -> bool:
-    """Whether no input of this size makes the first convolution overflow float16.
+def fits_half(norm: nn.GroupNorm, conv: nn.Module, size: Size) -> bool:
+    """Whether no input of this size makes a norm and the convolution after it overflow float16.
 
     Of n values that are normalised together none is beyond sqrt(n). The bound is far from what
     happens; beyond it, with larger images than the trained ones, a run says what is not finite.
     """
-    norm, conv = block.norm1, block.conv1
     values = norm.num_channels // norm.num_groups * size[0] * size[1]
     largest = math.sqrt(values) * norm.weight.detach().abs() + norm.bias.detach().abs()
     sums = as_image(conv.weight).abs().sum((2, 3)) @ largest.float() + conv.bias.detach().abs()
@@ -60,7 +59,7 @@ class FusedResBlock(Layer):
         self.norm1 = layers.norm(block.norm1, to=None if self.resample else self.conv1)
         self.norm2 = layers.norm(block.norm2, to=self.conv2)
         if self.norm1.half and self.norm2.half:
-            self.conv1.half = _fits_half(block, size)
+            self.conv1.half = fits_half(block.norm1, block.conv1, size)
         self.column = self._tabulate(block, table)
         changes = not isinstance(block.shortcut, nn.Identity)
         self.shortcut = layers.shortcut(block.shortcut, size, skip_channels) if changes else None

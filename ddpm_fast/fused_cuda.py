@@ -46,7 +46,7 @@ class Conv(Layer):
     weight: (O, I, kH, kW); with phases, of all phases' channels, see `ops.finish_conv2d`.
     """
 
-    is_fused = True
+    is_fused, takes_half = True, False
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class GpuLayers:
         backend: of the fused kernels.
     """
 
-    in_groups = False
+    in_groups = is_own = False
 
     def __init__(self, device: torch.device, dtype: torch.dtype, backend: str) -> None:
         self.device, self.dtype, self.backend = device, dtype, backend

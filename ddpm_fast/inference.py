@@ -17,7 +17,7 @@ from . import backend as backends
 from . import fused, fused_cuda
 from .device import give_back_freed_memory, keep_freed_memory, memory_format, with_index
 from .fused import CpuLayers
-from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, Layers
+from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, Layers, fits_half
 from .fused_cuda import GpuLayers
 from .fused_layer import Layer, Size
 from .moments import tensor
@@ -38,6 +38,7 @@ MOST_WORKERS = 8  # beyond, they would wait for Python's lock
 class FusedUNet(Layer):
     """Called as the `UNet` that it was made of, with x of `dtype`; it has no gradients.
 
+    A bfloat16 network on a CPU also takes x as float32, rounds it less, and then gives float32.
     It can be copied and pickled, but has no parameters: keep the model's `state_dict`, not its.
 
     Args:
@@ -48,11 +49,13 @@ class FusedUNet(Layer):
     def __init__(self, unet: UNet, layers: Layers) -> None:
         super().__init__()
         self.config, self.device, self.dtype = unet.config, layers.device, layers.dtype
-        self.in_groups = layers.in_groups
+        self.in_groups, self.is_own = layers.in_groups, layers.is_own
         self.table = layers.time_table(unet)
         sizes = self._sizes()
         level = 0
         self.conv_in = layers.conv(unet.conv_in, sizes[level], exact=True)
+        # The most exact x that it makes use of: float16 is what its first convolution reads.
+        self.input_dtype = torch.float32 if self.conv_in.takes_half else self.dtype
         skips = [unet.config.base_channels]
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for module in unet.down:
@@ -72,6 +75,8 @@ class FusedUNet(Layer):
                 level -= 1
         self.conv_out = layers.conv(unet.conv_out, sizes[0], exact=True)
         self.norm_out = layers.norm(unet.norm_out, to=self.conv_out)
+        if self.norm_out.half:
+            self.conv_out.half = fits_half(unet.norm_out, unet.conv_out, sizes[0])
         self.eval().requires_grad_(False)
 
     def _sizes(self) -> list[Size]:
@@ -95,7 +100,7 @@ class FusedUNet(Layer):
 
     def _run(self, x: Tensor, rows: Tensor) -> Tensor:
         parts = rows.split(self.table.widths, 1)
-        h = self.conv_in(x)
+        h = self.conv_in(x if x.dtype == self.dtype else x.half())
         skips = [h]
         for module in self.down:
             h = module(h, None, parts)
@@ -104,7 +109,7 @@ class FusedUNet(Layer):
             h = module(h, None, parts)
         for module in self.up:
             h = module(h, skips.pop() if isinstance(module, FusedStage) else None, parts)
-        return tensor(self.conv_out(self.norm_out(h)))
+        return tensor(self.conv_out(self.norm_out(h))).to(x.dtype)
 
     def expect(self, timesteps: Sequence[float]) -> None:
         """Tabulate these timesteps, which will be asked for; others may be too, but not on a GPU
@@ -124,18 +129,17 @@ class FusedUNet(Layer):
         bytes_each = self.config.base_channels * height * width * self.dtype.itemsize
         if not self.in_groups or threads == 1 or is_ending():
             return 0
-        is_own = self.conv_in.is_own
-        if not is_own and batch_size * bytes_each <= LARGEST_OF_ONE_CORE:
+        if not self.is_own and batch_size * bytes_each <= LARGEST_OF_ONE_CORE:
             return batch_size
         if threads > MOST_WORKERS:
             return 0
         best = LARGEST_GROUP
-        if is_own:
+        if self.is_own:
             best = max(BEST_GROUP * self.dtype.itemsize, BEST_SHARE * batch_size * bytes_each)
         sizes = []
         for groups in range(threads, batch_size // FEWEST_IN_A_GROUP + 1, threads):
             size = batch_size // groups
-            if is_own and size * bytes_each < SMALLEST_GROUP:
+            if self.is_own and size * bytes_each < SMALLEST_GROUP:
                 break
             small = size == FEWEST_IN_A_GROUP or size * bytes_each <= LARGEST_GROUP
             if batch_size % groups == 0 and small:
@@ -172,7 +176,7 @@ class FusedUNet(Layer):
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         check_inputs(self.config, x, t, class_labels)
-        if x.dtype != self.dtype:
+        if x.dtype not in (self.dtype, self.input_dtype):
             wanted, got = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, x.dtype))
             raise ValueError(
                 f"x must be {wanted}, as the network was prepared for, but it is {got}"

@@ -111,12 +111,16 @@ def _on_gpu(name: str, x: Tensor, backend: str) -> ModuleType:
     return fallback if chosen == "reference" else _triton_layers()
 
 
+def has_conv2d(dtype: torch.dtype) -> bool:
+    """Whether the backend is "cpu" and this CPU has `conv2d`."""
+    return resolve_backend("cpu")[0] == "cpu" and conv_kernels(dtype) is not None
+
+
 def is_conv2d_fastest(dtype: torch.dtype) -> bool:
-    """Whether the backend is "cpu" and this CPU has `conv2d`; and no AMX, with which oneDNN is
-    faster in bfloat16."""
+    """Whether there is `conv2d`; and no AMX, with which oneDNN is faster in bfloat16."""
     if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         return False
-    return resolve_backend("cpu")[0] == "cpu" and conv_kernels(dtype) is not None
+    return has_conv2d(dtype)
 
 
 def pack_conv2d(weight: Tensor, dtype: torch.dtype, winograd: bool = False) -> Tensor:

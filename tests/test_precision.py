@@ -1,0 +1,82 @@
+"""How far a bfloat16 network is from the float32 one: over seeds, kinds of weights and kernels."""
+
+import pytest
+import torch
+from unet_cases import BF16, CPU, F32, T, error, inputs, randomized, run, with_unit_gain
+
+from ddpm_fast import ops
+from ddpm_fast.checkpoint import load_model
+from ddpm_fast.inference import prepare, unfused
+from ddpm_fast.sampler import Sampler
+from ddpm_fast.unet_config import UNetConfig
+
+# Ho et al.'s network, half as wide and with fewer blocks. Thinner ones round more.
+
+CONFIG = UNetConfig(
+    base_channels=64,
+    channel_mult=(1, 2, 2),
+    num_res_blocks=1,
+    attention_levels=(False, True, False),
+)
+OWN, ONEDNN = "our own convolutions", "oneDNN's"
+
+
+@pytest.fixture(params=[OWN, ONEDNN])
+def convolutions(request, monkeypatch, extension):
+    """oneDNN's as on a CPU with AMX."""
+    if request.param == ONEDNN:
+        for name in ("conv2d", "attention"):
+            monkeypatch.setattr(f"ddpm_fast.ops.is_{name}_fastest", lambda dtype: False)
+    elif not ops.is_conv2d_fastest(BF16):
+        pytest.skip("prepared networks use oneDNN here")
+    if not ops.has_conv2d(BF16):
+        pytest.skip("this CPU has no AVX512-BF16")
+    return request.param
+
+
+# Of twelve seeds of each, with a little room.
+BOUND = {
+    (with_unit_gain, OWN): 1.0e-2,
+    (with_unit_gain, ONEDNN): 1.4e-2,
+    (randomized, OWN): 1.1e-2,
+    (randomized, ONEDNN): 1.2e-2,
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize("weights", [with_unit_gain, randomized])
+def test_random_weights(weights, seed, convolutions):
+    unet = weights(CONFIG, seed)
+    x, _, _ = inputs(CONFIG, 6, seed + 1)
+    network = prepare(unet, CPU, BF16)
+    got, want = network(x, T), run(unet, F32, x, T)
+    assert got.dtype == network.input_dtype == F32 and unfused(network) == []
+    assert error(got.double(), want) < BOUND[weights, convolutions]
+    rounded = network(x.bfloat16(), T)
+    assert rounded.dtype == BF16
+    assert error(got.double(), want) < error(rounded.double(), want)
+
+
+def test_the_shipped_model(convolutions):
+    """Whose x and result, rounded, are a third of the error."""
+    unet = load_model("mnist").unet
+    x, _, _ = inputs(unet.config)
+    network, want = prepare(unet, CPU, BF16), run(unet, F32, x, T)
+    assert error(network(x, T).double(), want) < 0.3e-2
+    assert error(run(network, BF16, x, T), want) > 0.35e-2
+
+
+def test_a_result_that_could_overflow_float16_is_bfloat16(convolutions):
+    unet = randomized(CONFIG)
+    assert prepare(unet, CPU, BF16).conv_out.half
+    unet.norm_out.weight.mul_(1000.0)
+    network, (x, *_) = prepare(unet, CPU, BF16), inputs(CONFIG)
+    assert not network.conv_out.half
+    assert error(network(x, T).double(), run(unet, F32, x, T)) < 1.2e-2
+
+
+def test_a_sampler_gives_what_is_rounded_least(convolutions):
+    sampler = Sampler.from_model(load_model("mnist"), steps=2, dtype=BF16, device="cpu")
+    seen = []
+    sampler.network.register_forward_hook(lambda layer, x, y: seen.append((x[0].dtype, y.dtype)))
+    assert sampler.sample(3).dtype == F32 and seen == [(F32, F32)] * 2
