@@ -1,7 +1,6 @@
 """How far a bfloat16 network is from the float32 one: over seeds, kinds of weights and kernels."""
 
 import pytest
-import torch
 from unet_cases import BF16, CPU, F32, T, error, inputs, randomized, run, with_unit_gain
 
 from ddpm_fast import ops
