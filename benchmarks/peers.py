@@ -88,7 +88,7 @@ def _ours(folder: Path, dtype: torch.dtype) -> Engine:
     network.expect(range(model.schedule.num_timesteps))
 
     def at(x: Tensor, t: Tensor) -> Callable[[], Tensor]:
-        x = x.to(dtype).contiguous(memory_format=LAST)
+        x = x.to(network.input_dtype).contiguous(memory_format=LAST)
         return lambda: network(x, t)
 
     return at
