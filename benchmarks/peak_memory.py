@@ -16,8 +16,8 @@ def peak_memory() -> float:
 
 
 if __name__ == "__main__":
-    from ddpm_fast import sample
+    from ddpm_fast import cli, sample
 
-    failed = sample.main(sys.argv[1:])
+    failed = cli.run(sample.main, "ddpm_fast.sample")
     print(peak_memory())
     sys.exit(failed)

@@ -109,7 +109,9 @@ def main() -> None:
         if isinstance(network, FusedUNet):
             network.expect(t.tolist())
             network._group_size = lambda batch_size: 0  # the hooks are for one thread
-        rows = figures[name] = breakdown(network, x.to(dtype), t, args.rounds)
+        rows = figures[name] = breakdown(
+            network, x.to(getattr(network, "input_dtype", dtype)), t, args.rounds
+        )
         print(f"{name}: {sum(row['ms'] for row in rows.values()):.1f} ms")
         for kind, row in sorted(rows.items(), key=lambda item: -item[1]["ms"]):
             if row["gflop"]:

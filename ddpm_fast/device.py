@@ -93,13 +93,13 @@ def dense(x: Tensor) -> Tensor:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what one layer frees for the next.
+    """Have glibc keep what one layer frees for the next; in the whole process.
 
-    Else it gives megabytes back to the kernel, which clears every page again: 14,000 of them in an
-    evaluation of Ho et al.'s U-Net in float32 at batch 16. It learns from what is freed: once that
-    was a block of 28 MiB, only larger ones are the kernel's, and only what lies free beyond 56 MiB
-    goes back (mallopt(3), M_MMAP_THRESHOLD). Settings of the process, under which it does not
-    learn, stay as they are. No other allocator is touched.
+    Else it gives megabytes back to the kernel, which clears every page again, thousands of them in
+    each evaluation of a network. It learns from what is freed: once that was a block of 28 MiB,
+    which came from the kernel, only larger ones do, and only what lies free beyond 56 MiB goes back
+    (mallopt(3), M_MMAP_THRESHOLD). So it does by itself in programs that free such a block; where
+    their settings forbid it to learn, they hold. No other allocator is touched.
     """
     torch.empty(LARGEST_LEARNT, dtype=torch.uint8, device="cpu")
 

@@ -24,11 +24,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 # many, are read for too little.
 FEWEST_CHANNELS = {torch.float32: 16, torch.bfloat16: 64}
 FEWEST_PIXELS = 49
+FEWEST_OF_EXACT = 16  # channels on one side, where it is used to round less
 LONGEST_SCORES = 512  # positions up to which torch's attention keeps its scores whole
 PACKING = 4  # one more with each change of what `ops.pack_conv2d` makes, or of a layer's parts
 _onednn = torch.ops.mkldnn
 # Without what `ops` looks for first: a prepared network found the extension when it was made, and
-# has no gradients. For a batch of 1 that is a tenth of the time between two kernels.
+# has no gradients.
 _own = torch.ops.ddpm_fast
 
 
@@ -84,11 +85,11 @@ class Conv(PackedLayer):
         self.shape, self.size, self.end = tuple(weight.shape), size, end
         self.place = (list(padding), list(stride), [1, 1], 1)
         exact = exact and dtype == torch.bfloat16
-        fewest = FEWEST_CHANNELS[torch.float32 if exact else dtype]
+        least, most = sorted(self.shape[:2])
         winograd = (
             self.shape[2:] == (3, 3)
             and tuple(stride) == (1, 1)
-            and (max if exact else min)(self.shape[:2]) >= fewest
+            and (most >= FEWEST_OF_EXACT if exact else least >= FEWEST_CHANNELS[dtype])
             and size[0] * size[1] >= FEWEST_PIXELS
         )
         is_exact = exact and winograd and ops.has_conv2d(dtype)
@@ -254,6 +255,7 @@ class CpuLayers:
 
     device = torch.device("cpu")
     in_groups = True  # cores may take groups of a batch, each by itself
+    input_dtype = torch.float32  # of x, which is rounded least so: see `Conv.takes_half`
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.is_own = dtype, ops.is_conv2d_fastest(dtype)

@@ -167,7 +167,8 @@ class FusedResampler(Layer):
         if is_up:
             self.conv = layers.upsample(layer.conv, size)
         else:
-            end = as_pair(layer.pad[1::2], 0)  # of F.pad's (before, after) of each dimension
+            # Of F.pad's (before, after) of each dimension, the last one first.
+            end = as_pair(layer.pad[1::2][::-1], 0)
             self.conv = layers.conv(layer.conv, size, end=end)
 
     def forward(self, x: Activation, skip: None, rows: Sequence[Tensor]) -> Activation:

@@ -183,6 +183,7 @@ class GpuLayers:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, backend: str) -> None:
         self.device, self.dtype, self.backend = device, dtype, backend
+        self.input_dtype = dtype
 
     def time_table(self, unet: UNet) -> DeviceTimeTable:
         return DeviceTimeTable(unet, self.backend)

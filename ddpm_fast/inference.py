@@ -38,7 +38,8 @@ MOST_WORKERS = 8  # beyond, they would wait for Python's lock
 class FusedUNet(Layer):
     """Called as the `UNet` that it was made of, with x of `dtype`; it has no gradients.
 
-    A bfloat16 network on a CPU also takes x as float32, rounds it less, and then gives float32.
+    A bfloat16 network on a CPU also takes x as float32, its `input_dtype`, and then gives float32:
+    the more exact way, for x up to 65504, the largest float16.
     It can be copied and pickled, but has no parameters: keep the model's `state_dict`, not its.
 
     Args:
@@ -54,8 +55,7 @@ class FusedUNet(Layer):
         sizes = self._sizes()
         level = 0
         self.conv_in = layers.conv(unet.conv_in, sizes[level], exact=True)
-        # The most exact x that it makes use of: float16 is what its first convolution reads.
-        self.input_dtype = torch.float32 if self.conv_in.takes_half else self.dtype
+        self.input_dtype = layers.input_dtype
         skips = [unet.config.base_channels]
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for module in unet.down:
@@ -100,7 +100,10 @@ class FusedUNet(Layer):
 
     def _run(self, x: Tensor, rows: Tensor) -> Tensor:
         parts = rows.split(self.table.widths, 1)
-        h = self.conv_in(x if x.dtype == self.dtype else x.half())
+        given = x.dtype
+        if given != self.dtype:
+            x = x.half() if self.conv_in.takes_half else x.to(self.dtype)
+        h = self.conv_in(x)
         skips = [h]
         for module in self.down:
             h = module(h, None, parts)
@@ -109,7 +112,7 @@ class FusedUNet(Layer):
             h = module(h, None, parts)
         for module in self.up:
             h = module(h, skips.pop() if isinstance(module, FusedStage) else None, parts)
-        return tensor(self.conv_out(self.norm_out(h))).to(x.dtype)
+        return tensor(self.conv_out(self.norm_out(h))).to(given)
 
     def expect(self, timesteps: Sequence[float]) -> None:
         """Tabulate these timesteps, which will be asked for; others may be too, but not on a GPU
@@ -177,7 +180,9 @@ class FusedUNet(Layer):
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         check_inputs(self.config, x, t, class_labels)
         if x.dtype not in (self.dtype, self.input_dtype):
-            wanted, got = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, x.dtype))
+            known = dict.fromkeys((self.dtype, self.input_dtype))
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in known)
+            got = str(x.dtype).removeprefix("torch.")
             raise ValueError(
                 f"x must be {wanted}, as the network was prepared for, but it is {got}"
             )
@@ -213,6 +218,8 @@ def prepare(
     backend: str = "auto",
 ) -> nn.Module:
     """A copy of the network for sampling: on `device`, in `dtype`, without gradients.
+
+    On a CPU the process keeps what layers free, see `device.keep_freed_memory`.
 
     A `UNet` becomes a `FusedUNet`, unless `fused` is False: on a CPU in float32 or bfloat16, on a
     GPU in float16 too, with the fused kernels of `backend` (see `backend.resolve_backend`; Triton

@@ -53,6 +53,8 @@ def _convolutions(dtype: torch.dtype) -> str:
     """Whose convolutions a prepared network has on this CPU."""
     if ops.is_conv2d_fastest(dtype):
         return f"own ({backend.conv_kernels(dtype)})"
+    if dtype == torch.bfloat16 and ops.has_conv2d(dtype):
+        return f"oneDNN's; at the network's ends own ({backend.conv_kernels(dtype)})"
     return "oneDNN's"
 
 

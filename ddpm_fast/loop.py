@@ -46,11 +46,10 @@ class Loop:
         self.noise = torch.zeros_like(self.x) if given_noise else None
         self.guidance = torch.ones(1, device=device) if sampler.guided else None
         self.labels = torch.zeros_like(self.rows)
-        # What the network is given: the step leaves its result here too, in the dtype that
-        # the network takes.
+        # What the network is given: the step leaves its result here too, in the network's dtype.
         network = sampler.network
         dtype = network.input_dtype if isinstance(network, FusedUNet) else sampler.dtype
-        order = memory_format(device, sampler.dtype, self.x.ndim)
+        order = memory_format(device, dtype, self.x.ndim)
         self.input = torch.empty(
             copies * batch_size,
             *sampler.sample_shape,

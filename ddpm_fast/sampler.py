@@ -41,7 +41,8 @@ class Sampler:
         sample_shape: (C, *size) of one sample.
         method, steps, spacing, eta, prediction_type, variance_type, clip_denoised, steps_offset,
             use_clipped_model_output, strength: see `plan.make_plan`.
-        dtype: of the network's input; the state stays float32.
+        dtype: of the network's input, but for a prepared network, which says itself (see
+            `inference.FusedUNet`); the state stays float32.
         backend: of the fused step: auto, cpu, cuda, triton or reference.
         guidance_scale: W of eps = uncond + W * (cond - uncond) (Ho and Salimans 2022,
             arXiv:2207.12598, with W = 1 + w); 1 is off. Needs the next two.

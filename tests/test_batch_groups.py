@@ -79,11 +79,11 @@ def test_a_place_in_an_odd_batch_changes_no_bit(dtype, threads, two_threads):
     torch.set_num_threads(threads)
     network = prepare(load_model("mnist").unet, CPU, dtype)
     generator = torch.Generator().manual_seed(0)
-    one = torch.randn(1, 1, 28, 28, generator=generator).to(dtype)
+    one = torch.randn(1, 1, 28, 28, generator=generator)
     for batch_size in (3, 6, 7):
         outputs = []
         for place in range(batch_size):
-            x = torch.randn(batch_size, 1, 28, 28, generator=generator).to(dtype)
+            x = torch.randn(batch_size, 1, 28, 28, generator=generator)
             x[place] = one[0]
             t, labels = torch.full((batch_size,), 500), torch.full((batch_size,), 3)
             outputs.append(network(x, t, labels)[place])

@@ -53,11 +53,15 @@ def test_without_the_extension_there_is_none(monkeypatch):
         assert not ops.is_conv2d_fastest(dtype) and not layer_of(LAYERS[0], dtype).is_own
 
 
-def test_the_choice_is_named():
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_the_choice_is_named(monkeypatch, has_amx):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has_amx)
     lines = dict(info.report())
     for name, dtype in (("float32", F32), ("bfloat16", BF16)):
         own = f"own ({backend.conv_kernels(dtype)})"
         wanted = own if ops.is_conv2d_fastest(dtype) else "oneDNN's"
+        if has_amx and dtype == BF16 and ops.has_conv2d(dtype):
+            wanted = f"oneDNN's; at the network's ends {own}"
         assert lines[f"{name} convolutions"] == wanted
 
 

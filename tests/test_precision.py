@@ -9,8 +9,7 @@ from ddpm_fast.inference import prepare, unfused
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.unet_config import UNetConfig
 
-# Ho et al.'s network, half as wide and with fewer blocks. Thinner ones round more.
-
+# Ho et al.'s network, half as wide, with fewer blocks and levels. Thinner ones round more.
 CONFIG = UNetConfig(
     base_channels=64,
     channel_mult=(1, 2, 2),
@@ -53,7 +52,7 @@ def test_random_weights(weights, seed, convolutions):
     assert error(got.double(), want) < BOUND[weights, convolutions]
     rounded = network(x.bfloat16(), T)
     assert rounded.dtype == BF16
-    assert error(got.double(), want) < error(rounded.double(), want)
+    assert error(rounded.double(), want) < 1.1 * BOUND[weights, convolutions]
 
 
 def test_the_shipped_model(convolutions):
@@ -61,8 +60,8 @@ def test_the_shipped_model(convolutions):
     unet = load_model("mnist").unet
     x, _, _ = inputs(unet.config)
     network, want = prepare(unet, CPU, BF16), run(unet, F32, x, T)
-    assert error(network(x, T).double(), want) < 0.3e-2
-    assert error(run(network, BF16, x, T), want) > 0.35e-2
+    exact, rounded = error(network(x, T).double(), want), error(run(network, BF16, x, T), want)
+    assert exact < 0.3e-2 and exact < 0.75 * rounded
 
 
 def test_a_result_that_could_overflow_float16_is_bfloat16(convolutions):
