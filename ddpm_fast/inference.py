@@ -50,12 +50,12 @@ class FusedUNet(Layer):
     def __init__(self, unet: UNet, layers: Layers) -> None:
         super().__init__()
         self.config, self.device, self.dtype = unet.config, layers.device, layers.dtype
+        self.input_dtype = layers.input_dtype
         self.in_groups, self.is_own = layers.in_groups, layers.is_own
         self.table = layers.time_table(unet)
         sizes = self._sizes()
         level = 0
         self.conv_in = layers.conv(unet.conv_in, sizes[level], exact=True)
-        self.input_dtype = layers.input_dtype
         skips = [unet.config.base_channels]
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for module in unet.down:
