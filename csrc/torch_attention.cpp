@@ -1,5 +1,6 @@
 // Attention for torch: its checks, and the kernel over all cores.
 #include "torch_image.h"
+#include "torch_layers.h"
 #include "torch_run.h"
 
 namespace ddpm_fast {

@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "torch_image.h"
+#include "torch_layers.h"
 #include "torch_run.h"
 
 namespace ddpm_fast {

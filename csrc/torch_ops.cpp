@@ -1,5 +1,6 @@
 // The operators for torch, through LibTorch's stable ABI: one source for torch 2.11 and later.
 // Schemas and registrations are at the end; shapes and units are in ddpm_fast/ops.py.
+#include "torch_layers.h"
 #include "torch_run.h"
 
 namespace ddpm_fast {
@@ -15,17 +16,9 @@ void p_sample_step_(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor
                     std::optional<Tensor> guidance_scale,
                     std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status,
                     std::optional<Tensor> next_input);
-// In torch_norm.cpp.
-Tensor group_norm(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> shift, Tensor weight,
-                  Tensor bias, int64_t groups, double eps, bool silu, bool half);
-// In torch_conv.cpp.
-Tensor pack_conv2d(Tensor weight, ScalarType dtype, bool winograd);
-Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
-              int64_t out_channels, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
-              std::vector<int64_t> padding, bool winograd, bool half);
-Tensor upsample_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_channels);
-// In torch_attention.cpp.
-Tensor attention(Tensor query, Tensor key, Tensor value, int64_t heads);
+// In torch_recording.cpp.
+Tensor record(std::vector<int64_t> code, std::vector<Tensor> constants, std::vector<Tensor> inputs);
+Tensor replay(Tensor recording, std::vector<Tensor> inputs);
 
 namespace {
 
@@ -150,6 +143,8 @@ STABLE_TORCH_LIBRARY(ddpm_fast, m) {
       "bool half=False) -> Tensor");
   m.def("upsample_conv2d(Tensor x, Tensor weight, Tensor? bias, int out_channels) -> Tensor");
   m.def("attention(Tensor query, Tensor key, Tensor value, int heads) -> Tensor");
+  m.def("record(int[] code, Tensor[] constants, Tensor[] inputs) -> Tensor");
+  m.def("replay(Tensor recording, Tensor[] inputs) -> Tensor");
 }
 
 void implement(torch::stable::detail::StableLibrary& m) {
@@ -166,6 +161,11 @@ STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&conv2d));
   m.impl("upsample_conv2d", TORCH_BOX(&upsample_conv2d));
   m.impl("attention", TORCH_BOX(&attention));
+  m.impl("replay", TORCH_BOX(&replay));
+}
+// Constants may be of any layout, oneDNN's too.
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CompositeExplicitAutograd, m) {
+  m.impl("record", TORCH_BOX(&record));
 }
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CUDA, m) { implement(m); }
 

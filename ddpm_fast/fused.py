@@ -26,7 +26,7 @@ FEWEST_CHANNELS = {torch.float32: 16, torch.bfloat16: 64}
 FEWEST_PIXELS = 49
 FEWEST_OF_EXACT = 16  # channels on one side, where it is used to round less
 LONGEST_SCORES = 512  # positions up to which torch's attention keeps its scores whole
-PACKING = 4  # one more with each change of what `ops.pack_conv2d` makes, or of a layer's parts
+PACKING = 5  # one more with each change of what `ops.pack_conv2d` makes, or of a layer's parts
 _onednn = torch.ops.mkldnn
 # Without what `ops` looks for first: a prepared network found the extension when it was made, and
 # has no gradients.
@@ -45,6 +45,15 @@ def is_packable(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or bool(_onednn._is_mkldnn_bf16_supported())
 
 
+def require_packing(found: object, wanted: object) -> None:
+    """RuntimeError where a network's file was made with other layers, or packed weights."""
+    if found != wanted:
+        raise RuntimeError(
+            "this network was prepared for another CPU or by another ddpm_fast, whose packed "
+            "weights lie in another order: prepare the model anew"
+        )
+
+
 class PackedLayer(Layer):
     """One that may have our own packed weights."""
 
@@ -52,11 +61,8 @@ class PackedLayer(Layer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.packing is not None and self.packing != _packing(self.packing[0]):
-            raise RuntimeError(
-                "this network was prepared for another CPU or by another ddpm_fast, whose packed "
-                "weights lie in another order: prepare the model anew"
-            )
+        if self.packing is not None:
+            require_packing(self.packing, _packing(self.packing[0]))
 
 
 class Conv(PackedLayer):

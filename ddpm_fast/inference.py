@@ -7,8 +7,8 @@ is a few calls of fused operators. `prepare` is what the sampler calls.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,9 @@ from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, Layers, fit
 from .fused_cuda import GpuLayers
 from .fused_layer import Layer, Size
 from .moments import tensor
+from .recording import Recordings, is_watched
 from .unet import ResBlock, Stage, UNet, check_inputs
-from .workers import is_ending, on_a_worker, workers
-
-# How a batch is shared out, by the bytes of its first layer; measured on two cores with 1 MiB of
-# second-level cache each. Where a batch is small, cores wait for each other longer than they work;
-# where a group is large, what one layer writes leaves the cache before the next reads it.
-LARGEST_OF_ONE_CORE, LARGEST_GROUP = 2**17, 2**22
-# With our own convolutions, in which cores wait less. Each core keeps its group's layers in memory:
-# above BEST_GROUP, in values, a group is little faster; worth it up to this share of the batch.
-SMALLEST_GROUP, BEST_GROUP, BEST_SHARE = 2**18, 2**20, 1 / 8
-FEWEST_IN_A_GROUP = 2
-MOST_WORKERS = 8  # beyond, they would wait for Python's lock
+from .workers import group_size, is_ending, on_a_worker, workers
 
 
 class FusedUNet(Layer):
@@ -77,7 +68,16 @@ class FusedUNet(Layer):
         self.norm_out = layers.norm(unet.norm_out, to=self.conv_out)
         if self.norm_out.half:
             self.conv_out.half = fits_half(unet.norm_out, unet.conv_out, sizes[0])
+        self._records = layers.device.type == "cpu" and backends.is_available()
+        self._recordings = Recordings()
+        inner = [m for m in self.modules() if m is not self]
+        self._inner_hooks = [h for m in inner for h in (m._forward_pre_hooks, m._forward_hooks)]
+        self.packing = fused.PACKING
         self.eval().requires_grad_(False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        fused.require_packing(state.get("packing"), fused.PACKING)
+        super().__setstate__(state)
 
     def _sizes(self) -> list[Size]:
         """(H, W) of each level, for samples of the size that the model was trained on."""
@@ -123,41 +123,32 @@ class FusedUNet(Layer):
         give_back_freed_memory()  # of what came before the projections
 
     def _group_size(self, batch_size: int) -> int:
-        """How many samples a core takes at once by itself; 0: all cores share each layer.
-
-        All groups of a batch have this size, so that a sample's bits do not depend on its place.
-        """
+        """How many samples a core takes at once by itself; 0: all cores share each layer."""
         threads = torch.get_num_threads()
-        height, width = self._sizes()[0]
-        bytes_each = self.config.base_channels * height * width * self.dtype.itemsize
         if not self.in_groups or threads == 1 or is_ending():
             return 0
-        if not self.is_own and batch_size * bytes_each <= LARGEST_OF_ONE_CORE:
-            return batch_size
-        if threads > MOST_WORKERS:
-            return 0
-        best = LARGEST_GROUP
-        if self.is_own:
-            best = max(BEST_GROUP * self.dtype.itemsize, BEST_SHARE * batch_size * bytes_each)
-        sizes = []
-        for groups in range(threads, batch_size // FEWEST_IN_A_GROUP + 1, threads):
-            size = batch_size // groups
-            if self.is_own and size * bytes_each < SMALLEST_GROUP:
-                break
-            small = size == FEWEST_IN_A_GROUP or size * bytes_each <= LARGEST_GROUP
-            if batch_size % groups == 0 and small:
-                sizes.append(size)
-        return min(sizes, key=lambda size: abs(math.log(size * bytes_each / best)), default=0)
+        height, width = self._sizes()[0]
+        bytes_each = self.config.base_channels * height * width * self.dtype.itemsize
+        return group_size(batch_size, bytes_each, self.dtype.itemsize, threads, self.is_own)
 
-    def _run_groups(self, x: Tensor, rows: Tensor, size: int) -> Tensor:
+    def _is_watched(self) -> bool:
+        """Whether something is to see each layer, or each operator, as it is called."""
+        return any(self._inner_hooks) or is_watched()
+
+    def _play(self, x: Tensor, rows: Tensor) -> Tensor:
+        return self._recordings(self._run, x, rows)
+
+    def _run_groups(
+        self, run: Callable[[Tensor, Tensor], Tensor], x: Tensor, rows: Tensor, size: int
+    ) -> Tensor:
         groups = x.split(size)
         shared = [rows] * len(groups) if len(rows) == 1 else rows.split(size)
 
         @torch.no_grad()  # which each thread has for itself
-        def run(group: Tensor, rows: Tensor) -> Tensor:
-            return self._run(group, rows)
+        def work(group: Tensor, rows: Tensor) -> Tensor:
+            return run(group, rows)
 
-        parts = list(workers(torch.get_num_threads()).map(run, groups, shared))
+        parts = list(workers(torch.get_num_threads()).map(work, groups, shared))
         return on_a_worker(torch.cat, parts)
 
     def uses_workers(self, batch_size: int) -> bool:
@@ -189,9 +180,10 @@ class FusedUNet(Layer):
         x = x.unsqueeze(2) if self.config.dims == 1 else x
         x = x.contiguous(memory_format=torch.channels_last)
         size = self._group_size(len(x))
+        run = self._play if self._records and not self._is_watched() else self._run
         with self._no_autocast():
             rows = self.table(t, class_labels)
-            out = self._run_groups(x, rows, size) if size else self._run(x, rows)
+            out = self._run_groups(run, x, rows, size) if size else run(x, rows)
         return out.squeeze(2) if self.config.dims == 1 else out
 
 

@@ -12,6 +12,7 @@ from ddpm_fast.inference import FusedUNet, prepare
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.unet import UNet
 from ddpm_fast.unet_config import UNetConfig
+from ddpm_fast.workers import group_size
 
 
 @pytest.fixture(params=["groups", "whole"])
@@ -19,9 +20,11 @@ def two_threads(request, extension, monkeypatch):
     """Two, and what they do with the tiny batches of a test: each takes a group, or not."""
     if request.param == "groups":
         for limit in ("LARGEST_OF_ONE_CORE", "SMALLEST_GROUP"):
-            monkeypatch.setattr(f"ddpm_fast.inference.{limit}", 0)
+            monkeypatch.setattr(f"ddpm_fast.workers.{limit}", 0)
+    group_size.cache_clear()
     torch.set_num_threads(2)
-    return request.param
+    yield request.param
+    group_size.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -32,8 +35,8 @@ def test_a_batch_in_groups_is_the_batch(dtype, n, two_threads, tiny_config):
     arguments = inputs(unet.config, n)
     want = run(unet, F32, *arguments)
     seen = []
-    inner = network._run
-    network._run = lambda x, rows: seen.append(len(x)) or inner(x, rows)
+    inner = network._play
+    network._play = lambda x, rows: seen.append(len(x)) or inner(x, rows)
     got = run(network, dtype, *arguments)
     assert error(got, want) < 2 * BOUND[dtype]
     assert seen == ([n // 2] * 2 if two_threads == "groups" and n > 1 else [n])

@@ -95,9 +95,9 @@ def test_a_network_may_be_called_as_the_process_ends():
     """When no worker takes work."""
     code = """
 import atexit, torch
-from ddpm_fast import inference
+from ddpm_fast import inference, workers
 from ddpm_fast.checkpoint import load_model
-inference.SMALLEST_GROUP = 0
+workers.SMALLEST_GROUP = 0
 torch.set_num_threads(2)
 network = inference.prepare(load_model("mnist").unet, torch.device("cpu"), torch.float32)
 x, t = torch.zeros(8, 1, 28, 28), torch.full((8,), 5)
@@ -112,10 +112,10 @@ atexit.register(lambda: print(network.uses_workers(8), network(x, t).shape))
 def test_a_thread_may_sample_on_when_the_main_one_has_ended():
     code = """
 import threading, torch
-from ddpm_fast import inference
+from ddpm_fast import inference, workers
 from ddpm_fast.checkpoint import load_model
 from ddpm_fast.sampler import Sampler
-inference.SMALLEST_GROUP = 0
+workers.SMALLEST_GROUP = 0
 torch.set_num_threads(2)
 sampler = Sampler.from_model(load_model("mnist"), steps=3, dtype=torch.float32)
 def callback(index, done, x):

@@ -11,6 +11,35 @@ CPU = torch.device("cpu")
 T = torch.tensor([0, 1, 10, 100, 500, 999])
 F32, BF16 = torch.float32, torch.bfloat16
 BOUND = {F32: 1e-5, BF16: 1e-2}
+# Of the tiny network, in all that a configuration says.
+CONFIGS = [
+    {},
+    {"norm_groups": 8},
+    {"num_heads": 2},
+    {"num_heads": 4, "qkv_order": "heads"},
+    {"qkv_order": "heads"},
+    {"head_channels": 8},
+    {"mid_attention": False, "attention_levels": (False, False)},
+    {"attention_levels": (True, True), "sample_size": (32, 24)},
+    {"scale_shift_norm": True},
+    {"resblock_updown": True},
+    {"resblock_updown": True, "scale_shift_norm": True, "num_heads": 2},
+    {"downsample_padding": "symmetric"},
+    {"in_channels": 3, "learn_sigma": True},
+    {"num_classes": 3, "null_class": "row"},
+    {"num_classes": 3, "null_class": "zero", "scale_shift_norm": True},
+    {"num_classes": 4},
+    {"embedding_order": "cos_sin", "embedding_shift": 0.0, "norm_eps": 1e-3},
+    {"embedding_order": "interleaved"},
+    {"embedding_channels": 24, "timestep_scale": 2.5},
+    {"scale_shift_norm": True, "mid_attention_norm": False},
+    {"up_attention": "last", "num_res_blocks": 2, "attention_levels": (True, True)},
+    {"channel_mult": (1,), "attention_levels": (True,)},
+    {"channel_mult": (1, 3, 2), "attention_levels": (False, True, False), "num_res_blocks": 2},
+    {"sample_size": (16,)},
+    {"sample_size": (16,), "resblock_updown": True, "scale_shift_norm": True},
+    {"sample_size": (6,), "downsample_padding": "symmetric", "num_heads": 2},
+]
 
 
 def randomized(config, seed=0):
