@@ -197,7 +197,7 @@ def test_a_recording_takes_only_what_it_was_made_for(product):
     with pytest.raises(RuntimeError, match="takes 2 tensors, but it was given 1"):
         play(made, [x])
     for other in (x[:1], x.double(), x.mT, x[0]):
-        with pytest.raises(RuntimeError, match="input 1 of this recording, .*, is not as it was"):
+        with pytest.raises(RuntimeError, match=r"input 1 of this recording, .*, is not as it was"):
             play(made, [x, other])
     for no_recording in (made.clone(), torch.zeros(1, dtype=torch.int64)):
         with pytest.raises(RuntimeError, match="this tensor is no recording"):
@@ -207,7 +207,7 @@ def test_a_recording_takes_only_what_it_was_made_for(product):
 def test_numbers_that_are_no_recording_are_refused(product):
     """Nothing reads beyond what is there."""
     for length in range(len(product)):
-        with pytest.raises(RuntimeError, match="ddpm_fast: this recording (is cut|has the num)"):
+        with pytest.raises(RuntimeError, match=r"ddpm_fast: this recording (is cut|has the num)"):
             record(product[:length])
     for place in range(len(product)):
         for value in (-1, 1 << 40):
