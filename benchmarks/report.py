@@ -109,17 +109,24 @@ def captured() -> str:
     return "\n".join(lines) + "\n" + reached + missing
 
 
-def ops() -> str:
+OPERATORS = {
+    "ops": "The operators of a step, microseconds a call (layouts: of 2^20 elements)",
+    "layers": "The operators of a network's layers, and a network recorded and replayed, "
+    "microseconds a call",
+}
+
+
+def ops(name: str) -> str:
     """One line a case: the first backend measured, then each of what it was measured beside."""
-    document = read("ops")
+    document = read(name)
     if document is None:
         return ""
     figures = document["figures"]
-    absent = figures.pop("absent_peers")
+    absent = figures.pop("absent_peers", [])
     missing = f" Not installed, so left out: {', '.join(absent)}." if absent else ""
     lines = [
-        f"The operators, microseconds a call (layouts: of 2^20 elements), beside their peers and "
-        f"ceilings in the same rounds: {where(document)}.{missing}",
+        f"{OPERATORS[name]}, beside their peers and ceilings in the same rounds: "
+        f"{where(document)}.{missing}",
         "",
         "| operator | case | backend | microseconds | beside | microseconds | ratio |",
         "|---|---|---|---|---|---|---|",
@@ -229,7 +236,7 @@ def main() -> None:
             digits(),
             sampling(),
             captured(),
-            ops(),
+            *(ops(name) for name in OPERATORS),
             batch_sizes(),
             fresh_machine(),
         )

@@ -7,6 +7,7 @@ import torch
 from conv_cases import BF16, F32, LAST, LAYERS, case, needs_bfloat16
 
 from ddpm_fast import backend, fused, info, ops
+from ddpm_fast.inference import prepare
 
 
 def layer_of(layer, dtype, end=(0, 0)):
@@ -80,3 +81,18 @@ def test_a_pickled_layer_stays_on_cpus_of_its_kind(monkeypatch):
     monkeypatch.setattr(fused, "PACKING", 1)
     with pytest.raises(RuntimeError, match="prepared for another CPU or by another"):
         pickle.loads(written)
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_pickled_network_of_another_version_is_refused(is_own, monkeypatch, tiny_unet):
+    """Also one without packed weights of our own."""
+    if not is_own:
+        monkeypatch.setattr(ops, "is_conv2d_fastest", lambda dtype: False)
+    network = prepare(tiny_unet(), torch.device("cpu"), F32)
+    written = pickle.dumps(network)
+    assert pickle.loads(written).packing == fused.PACKING
+    del network.packing
+    for old in (written, pickle.dumps(network)):
+        monkeypatch.setattr(fused, "PACKING", 1)
+        with pytest.raises(RuntimeError, match="prepared for another CPU or by another"):
+            pickle.loads(old)
