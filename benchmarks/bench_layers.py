@@ -160,7 +160,7 @@ def test_replay(benchmark, figures, model, batch_size, dtype):
         pytest.skip("networks are recorded on a CPU, by the extension")
     made = MODELS[model]()
     network, by_layers = (prepare(made.unet, DEVICE, dtype) for _ in range(2))
-    by_layers._records = False
+    by_layers._recordings = None
     x, t = inputs(made, batch_size)
     calls = {"cpu": lambda: network(x, t), "layer by layer": lambda: by_layers(x, t)}
     kind = str(dtype).removeprefix("torch.")

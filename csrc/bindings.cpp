@@ -14,7 +14,7 @@ namespace ddpm_fast {
 
 void bind_numpy(py::module_& m);                // numpy_ops.cpp
 void bind_while_loop(py::module_& m);           // while_loop_bindings.cpp
-std::vector<std::string> recorded_operators();  // torch_recorded_operators.cpp
+std::vector<std::string> replay_operators();  // torch_replay_operators.cpp
 
 namespace {
 
@@ -67,8 +67,8 @@ PYBIND11_MODULE(_C, m) {
         return attention_kernels(bfloat16 ? DType::kBFloat16 : DType::kFloat32) != nullptr;
       },
       py::arg("bfloat16"), "Whether this CPU, at the level in use, has `attention`.");
-  m.def("recorded_operators", &recorded_operators,
-        "The operators that a recording can have, by their numbers: see recording.py.");
+  m.def("replay_operators", &replay_operators,
+        "The operators that a recording can have, by their numbers: see replay.py.");
   m.def("_set_cpu_level", &set_cpu_level, py::arg("name"),
         "Use this level from now on (for tests); RuntimeError if it is not available.");
   bind_numpy(m);

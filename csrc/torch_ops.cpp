@@ -16,7 +16,7 @@ void p_sample_step_(Tensor x_t, Tensor model_output, Tensor coefficients, Tensor
                     std::optional<Tensor> guidance_scale,
                     std::optional<Tensor> previous_pred_xstart, std::optional<Tensor> status,
                     std::optional<Tensor> next_input);
-// In torch_recording.cpp.
+// In torch_replay.cpp.
 Tensor record(std::vector<int64_t> code, std::vector<Tensor> constants, std::vector<Tensor> inputs);
 Tensor replay(Tensor recording, std::vector<Tensor> inputs);
 

@@ -21,7 +21,7 @@ from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, Layers, fit
 from .fused_cuda import GpuLayers
 from .fused_layer import Layer, Size
 from .moments import tensor
-from .recording import Recordings, is_watched
+from .replay import Recordings, is_plain, is_watched
 from .unet import ResBlock, Stage, UNet, check_inputs
 from .workers import group_size, is_ending, on_a_worker, workers
 
@@ -68,8 +68,7 @@ class FusedUNet(Layer):
         self.norm_out = layers.norm(unet.norm_out, to=self.conv_out)
         if self.norm_out.half:
             self.conv_out.half = fits_half(unet.norm_out, unet.conv_out, sizes[0])
-        self._records = layers.device.type == "cpu" and backends.is_available()
-        self._recordings = Recordings()
+        self._recordings = Recordings() if layers.device.type == "cpu" else None
         inner = [m for m in self.modules() if m is not self]
         self._inner_hooks = [h for m in inner for h in (m._forward_pre_hooks, m._forward_hooks)]
         self.packing = fused.PACKING
@@ -131,11 +130,13 @@ class FusedUNet(Layer):
         bytes_each = self.config.base_channels * height * width * self.dtype.itemsize
         return group_size(batch_size, bytes_each, self.dtype.itemsize, threads, self.is_own)
 
-    def _is_watched(self) -> bool:
-        """Whether something is to see each layer, or each operator, as it is called."""
-        return any(self._inner_hooks) or is_watched()
+    def _is_replayed(self, x: Tensor) -> bool:
+        """Not where something is to see each layer, or each operator, as it is called."""
+        if self._recordings is None or not backends.is_available() or any(self._inner_hooks):
+            return False
+        return is_plain(x) and not is_watched()
 
-    def _play(self, x: Tensor, rows: Tensor) -> Tensor:
+    def _replay(self, x: Tensor, rows: Tensor) -> Tensor:
         return self._recordings(self._run, x, rows)
 
     def _run_groups(
@@ -180,7 +181,7 @@ class FusedUNet(Layer):
         x = x.unsqueeze(2) if self.config.dims == 1 else x
         x = x.contiguous(memory_format=torch.channels_last)
         size = self._group_size(len(x))
-        run = self._play if self._records and not self._is_watched() else self._run
+        run = self._replay if self._is_replayed(x) else self._run
         with self._no_autocast():
             rows = self.table(t, class_labels)
             out = self._run_groups(run, x, rows, size) if size else run(x, rows)

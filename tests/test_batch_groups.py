@@ -35,8 +35,8 @@ def test_a_batch_in_groups_is_the_batch(dtype, n, two_threads, tiny_config):
     arguments = inputs(unet.config, n)
     want = run(unet, F32, *arguments)
     seen = []
-    inner = network._play
-    network._play = lambda x, rows: seen.append(len(x)) or inner(x, rows)
+    inner = network._replay
+    network._replay = lambda x, rows: seen.append(len(x)) or inner(x, rows)
     got = run(network, dtype, *arguments)
     assert error(got, want) < 2 * BOUND[dtype]
     assert seen == ([n // 2] * 2 if two_threads == "groups" and n > 1 else [n])

@@ -4,7 +4,7 @@
 #include <array>
 #include <iterator>
 
-#include "recorded_calls.h"
+#include "replay.h"
 #include "torch_layers.h"
 
 // Of torch's C interface for what its compiler generates, in torch 2.11 to 2.13 (whose header is
@@ -46,13 +46,17 @@ Tensor view(Tensor of, Integers sizes, Integers strides, int64_t offset) {
   int64_t first = 0, bytes = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(of.get(), &first));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(of.get(), &bytes));
-  first += offset;
-  int64_t last = first;
-  for (size_t i = 0; i < std::min(sizes.size(), strides.size()); ++i) {
-    last += (sizes[i] - 1) * strides[i];
+  // In float64, which numbers of any size cannot overflow.
+  const double begin = static_cast<double>(first) + static_cast<double>(offset);
+  double end = begin + 1;
+  bool is_valid = sizes.size() == strides.size(), is_empty = false;
+  for (size_t i = 0; is_valid && i < sizes.size(); ++i) {
+    is_valid = sizes[i] >= 0 && strides[i] >= 0;
+    is_empty = is_empty || sizes[i] == 0;
+    end += (static_cast<double>(sizes[i]) - 1) * static_cast<double>(strides[i]);
   }
-  require(sizes.size() == strides.size() && std::min(first, last) >= 0 &&
-              std::max(first, last) < bytes / static_cast<int64_t>(of.element_size()),
+  const double room = static_cast<double>(bytes) / static_cast<double>(of.element_size());
+  require(is_valid && (is_empty || (begin >= 0 && end <= room)),
           "a view of this recording lies outside its tensor.");
   AtenTensorHandle made = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
@@ -88,7 +92,7 @@ Tensor constant_pad(Tensor x, Integers padding, double value) {
 
 Tensor copy_to(Tensor x, Tensor from, bool) { return torch::stable::copy_(x, from); }
 
-// Layout, device and the like are x's: the recorder refuses others.
+// Layout, device and the like are x's: others have no kind of value.
 using Default = std::monostate;
 
 ScalarType dtype_at(int64_t number) {
@@ -165,7 +169,7 @@ const std::vector<Operator>& recordable() {
   return *all;
 }
 
-std::vector<std::string> recorded_operators() {
+std::vector<std::string> replay_operators() {
   std::vector<std::string> names;
   for (const Operator& each : recordable()) names.push_back(each.name);
   return names;

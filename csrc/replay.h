@@ -14,7 +14,7 @@ using Integers = std::vector<int64_t>;
 template <class T>
 using Maybe = std::optional<T>;
 
-// The place of a tensor that each play makes, or is given.
+// The place of a tensor that each replay makes, or is given.
 struct Slot {
   size_t number;
 };
@@ -62,11 +62,11 @@ struct As<Maybe<T>> {
   }
 };
 
-using Play = Tensor (*)(const Values&, const Slots&);
+using Call = Tensor (*)(const Values&, const Slots&);
 
 struct Operator {
   std::string name;  // as torch has it, with its overload
-  Play play;
+  Call call;
   size_t inputs;
 };
 
@@ -76,7 +76,7 @@ constexpr size_t count_of(Tensor (*)(Arguments...)) {
 }
 
 template <auto function, class... Arguments>
-Tensor play(Tensor (*)(Arguments...), const Values& values, const Slots& slots) {
+Tensor call_of(Tensor (*)(Arguments...), const Values& values, const Slots& slots) {
   return [&]<size_t... i>(std::index_sequence<i...>) {
     return function(As<Arguments>::of(values[i], slots)...);
   }(std::index_sequence_for<Arguments...>{});
@@ -85,13 +85,13 @@ Tensor play(Tensor (*)(Arguments...), const Values& values, const Slots& slots) 
 // `function` as an operator of this name.
 template <auto function>
 Operator operator_of(const char* name) {
-  const Play call = [](const Values& values, const Slots& slots) {
-    return play<function>(function, values, slots);
+  const Call call = [](const Values& values, const Slots& slots) {
+    return call_of<function>(function, values, slots);
   };
   return {name, call, count_of(function)};
 }
 
-// All of them, by the numbers that a recording has for them; in torch_recorded_operators.cpp.
+// All of them, by the numbers that a recording has for them; in torch_replay_operators.cpp.
 const std::vector<Operator>& recordable();
 
 }  // namespace ddpm_fast

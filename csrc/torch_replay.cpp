@@ -1,17 +1,17 @@
-// A network's calls of operators, recorded once and played again without Python; what records them
-// is ddpm_fast/recording.py.
+// A network's calls of operators, recorded once and replayed without Python; what records them is
+// ddpm_fast/replay.py.
 #include <bit>
 #include <iterator>
 #include <memory>
 #include <mutex>
 #include <unordered_set>
 
-#include "recorded_calls.h"
+#include "replay.h"
 
 namespace ddpm_fast {
 namespace {
 
-// Of a tensor that each play is given, which must be as it was when the recording was made: its
+// Of a tensor that each replay is given, which must be as it was when the recording was made: its
 // views would lie elsewhere.
 struct Form {
   ScalarType dtype;
@@ -33,7 +33,7 @@ struct Form {
 };
 
 struct Step {
-  Play play;
+  Call call;
   Values inputs;
   size_t output;             // its slot
   std::vector<size_t> last;  // the slots that no later step reads
@@ -53,7 +53,17 @@ std::unordered_set<const void*>& alive() {
   return *all;
 }
 
-// Reads what recording.py writes; nothing beyond it.
+// What is freed may be a last reference, for which Python may run code of any kind: without the
+// lock.
+void forget(Recording* recording) {
+  {
+    const std::lock_guard lock(alive_mutex);
+    alive().erase(recording);
+  }
+  delete recording;
+}
+
+// Reads what replay.py writes; nothing beyond it.
 class Code {
  public:
   Code(const Integers& code, const std::vector<Tensor>& constants)
@@ -104,7 +114,7 @@ class Code {
   }
   Step step() {
     const Operator& chosen = recordable()[index(recordable().size())];
-    Step step{.play = chosen.play, .inputs = {}, .output = 0, .last = {}};
+    Step step{.call = chosen.call, .inputs = {}, .output = 0, .last = {}};
     for (size_t i = 0; i < chosen.inputs; ++i) step.inputs.push_back(value());
     step.output = slot();
     step.last.resize(length());
@@ -132,17 +142,15 @@ Tensor record(std::vector<int64_t> code, std::vector<Tensor> constants,
   recording->steps.resize(reader.length());
   for (Step& step : recording->steps) step = reader.step();
   recording->result = reader.slot();
-  const std::lock_guard lock(alive_mutex);
-  alive().insert(recording.get());
   const int64_t one = 1;
-  Recording* const made = recording.release();
-  return torch::stable::from_blob(&made->value, {&one, 1}, {&one, 1},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  ScalarType::Long, [made](void*) {
-                                    const std::lock_guard lock(alive_mutex);
-                                    alive().erase(made);
-                                    delete made;
-                                  });
+  Recording* const made = recording.get();
+  Tensor stands = torch::stable::from_blob(
+      &made->value, {&one, 1}, {&one, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+      ScalarType::Long, [made](void*) { forget(made); });
+  recording.release();
+  const std::lock_guard lock(alive_mutex);
+  alive().insert(made);
+  return stands;
 }
 
 Tensor replay(Tensor recording, std::vector<Tensor> inputs) {
@@ -161,7 +169,7 @@ Tensor replay(Tensor recording, std::vector<Tensor> inputs) {
     slots[i] = std::move(inputs[i]);
   }
   for (const Step& step : steps) {
-    slots[step.output] = step.play(step.inputs, slots);
+    slots[step.output] = step.call(step.inputs, slots);
     for (size_t slot : step.last) slots[slot].reset();
   }
   require(slots[result].has_value(), "this recording has no result.");
