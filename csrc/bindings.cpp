@@ -12,8 +12,8 @@ namespace py = pybind11;
 
 namespace ddpm_fast {
 
-void bind_numpy(py::module_& m);                // numpy_ops.cpp
-void bind_while_loop(py::module_& m);           // while_loop_bindings.cpp
+void bind_numpy(py::module_& m);              // numpy_ops.cpp
+void bind_while_loop(py::module_& m);         // while_loop_bindings.cpp
 std::vector<std::string> replay_operators();  // torch_replay_operators.cpp
 
 namespace {

@@ -196,7 +196,8 @@ def unseen(x, y):
 
 
 def both(x, y):
-    out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x[None], y[None], y[None])
+    flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, sums = flash_attention(x[None], y[None], y[None])
     return torch.bmm(out[0], sums[0, :, :, None].expand(2, 3, 3))
 
 
