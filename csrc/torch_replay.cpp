@@ -63,6 +63,9 @@ void forget(Recording* recording) {
   delete recording;
 }
 
+// Of a value, by replay.py's numbers.
+enum class Kind : int64_t { kNone, kSlot, kConstant, kInteger, kFloat, kIntegers, kText };
+
 // Reads what replay.py writes; nothing beyond it.
 class Code {
  public:
@@ -88,20 +91,20 @@ class Code {
     return values;
   }
   Value value() {
-    switch (next()) {
-      case 0:
+    switch (static_cast<Kind>(next())) {
+      case Kind::kNone:
         return std::monostate{};
-      case 1:
+      case Kind::kSlot:
         return Slot{slot()};
-      case 2:
+      case Kind::kConstant:
         return constants_[index(constants_.size())];
-      case 3:
+      case Kind::kInteger:
         return next();
-      case 4:
+      case Kind::kFloat:
         return std::bit_cast<double>(next());
-      case 5:
+      case Kind::kIntegers:
         return integers();
-      case 6:
+      case Kind::kText:
         return text();
       default:
         require(false, "this recording has a value of an unknown kind.");

@@ -32,7 +32,7 @@ class FusedUNet(Layer):
     A bfloat16 network on a CPU also takes x as float32, its `input_dtype`, and then gives float32:
     the more exact way, for x up to 65504, the largest float16.
     It can be copied and pickled, but has no parameters: keep the model's `state_dict`, not its.
-    On a CPU its layers are not to be exchanged once it was called: calls are recorded (replay.py).
+    On a CPU neither its layers nor their settings are to be changed once it was called (replay.py).
 
     Args:
         unet: on the layers' device; it is copied, and may change afterwards.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import backend
 
 MOST = 16  # recordings that are kept, each for inputs of another form
+LONGEST = 0.5  # seconds of a call that is worth recording
 # As csrc/torch_replay.cpp has them:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NONE, _SLOT, _CONSTANT, _INTEGER, _FLOAT, _INTEGERS, _TEXT = range(7)  # kinds of values
@@ -58,7 +60,8 @@ class _Recorder(TorchDispatchMode):
     """Writes what is called while it is on as numbers, for csrc/torch_replay.cpp.
 
     It keeps no tensor but the constants, those that no call made. Tensors are known by their
-    memory: what lies in that of a slot, but elsewhere than the slot's own, is a view.
+    memory: what lies in that of a slot, but elsewhere than the slot's own, is a view. Memory that
+    was freed and is used again has a new slot, since a call made what lies there now.
     """
 
     @classmethod
@@ -182,27 +185,33 @@ class _Recorder(TorchDispatchMode):
         return [self._slots - self._inputs, len(steps), *chain(*steps), slot]
 
 
-_one_at_a_time = threading.Lock()  # torch's modes keep something for all threads
+# Modes that are on in two threads at once can leave torch's flags for "in a dispatch mode", which
+# are of the whole process, set for good.
+_recording = threading.Lock()
 
 
 def _record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Any]:
     """What the function returns, and its recording; None where it cannot be, or differs."""
-    try:
-        recorder = _Recorder(inputs)
-    except _CannotRecord:
-        return function(*inputs), None
-    with _one_at_a_time, recorder:
-        result = function(*inputs)
-    try:
-        numbers = recorder.numbers(result)
-        recording = torch.ops.ddpm_fast.record.default(numbers, recorder.constants, inputs)
-        replayed = torch.ops.ddpm_fast.replay.default(recording, inputs)
-    except (_CannotRecord, RuntimeError):
-        return result, None
-    return result, recording if _are_same(replayed, result) else None
+    # In inference mode operators come in other pieces; what was made there cannot be taken out.
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = [t.clone() if t.is_inference() else t for t in inputs]
+        try:
+            recorder = _Recorder(inputs)
+        except _CannotRecord:
+            return function(*inputs), None
+        with recorder:
+            result = function(*inputs)
+        try:
+            numbers = recorder.numbers(result)
+            recording = torch.ops.ddpm_fast.record.default(numbers, recorder.constants, inputs)
+            replayed = torch.ops.ddpm_fast.replay.default(recording, inputs)
+        except (_CannotRecord, RuntimeError):
+            return result, None
+        return result, recording if _are_same(replayed, result) else None
 
 
 def _are_same(x: Tensor, y: Tensor) -> bool:
+    """What was done without operators, with NumPy say, shows here."""
     same = (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
     return same and (torch.equal(x, y) or torch.allclose(x, y, rtol=0, atol=0, equal_nan=True))
 
@@ -220,7 +229,8 @@ def is_watched() -> bool:
 
 def is_plain(x: Tensor) -> bool:
     """Whether it is a tensor on the CPU, and no other thing of a class of its own."""
-    return type(x) in (Tensor, nn.Parameter) and x.is_cpu
+    is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return type(x) in (Tensor, nn.Parameter) and x.is_cpu and not is_wrapper
 
 
 _SEEN = object()
@@ -229,17 +239,35 @@ _SEEN = object()
 class Recordings:
     """Of one function, for inputs of any form; those that were not used for longest are dropped.
 
-    The second call of a form is recorded, so that those which do not come back cost nothing.
-    Copies and pickles begin without any.
+    What comes a second time is recorded, by one call and a replay that must be the same; and only
+    what takes less than LONGEST, since Python's share of more is not worth that. Copies and pickles
+    begin without any.
     """
 
     def __init__(self) -> None:
-        # By form: _SEEN once; then None, while it is being recorded or where it cannot be.
+        # By form: None, where it cannot be recorded or someone is at it; _SEEN; or its recording.
         self._made: OrderedDict[Any, Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Recordings], tuple[()]]:
         return Recordings, ()
+
+    def _take(self, form: Any) -> tuple[Any, bool]:
+        """What is known of a form, and whether to say more of it, which the caller then must."""
+        dropped = []  # freed without the lock, since that may run code of any kind
+        with self._lock:
+            is_new = form not in self._made
+            state = self._made.setdefault(form, None)
+            if state is _SEEN:
+                self._made[form] = None
+            self._made.move_to_end(form)
+            while len(self._made) > MOST:
+                dropped.append(self._made.popitem(last=False))
+        return state, is_new or state is _SEEN
+
+    def _put(self, form: Any, state: Any) -> None:
+        with self._lock:
+            self._made[form] = state
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """function(*inputs), without gradients.
@@ -248,21 +276,32 @@ class Recordings:
         of what else they read, tensors are read again in each replay, numbers are not.
         """
         form = tuple((t.shape, t.stride(), t.dtype) for t in inputs)
-        with self._lock:
-            state = self._made.get(form)
-            if form not in self._made or state is _SEEN:
-                self._made[form] = None if state is _SEEN else _SEEN
-            self._made.move_to_end(form)
-            while len(self._made) > MOST:
-                self._made.popitem(last=False)
-        if state is _SEEN:
-            result, made = _record(function, inputs)
-            with self._lock:
-                self._made[form] = made
-            return result
+        state, is_ours = self._take(form)
+        if is_ours:
+            return self._first_calls(function, inputs, form, state is _SEEN)
         if state is not None:
             try:
                 return torch.ops.ddpm_fast.replay.default(state, inputs)
             except RuntimeError:
                 pass  # no memory, say: the function says it in the operators' own words
         return function(*inputs)
+
+    def _first_calls(
+        self, function: Callable[..., Tensor], inputs: Sequence[Tensor], form: Any, is_seen: bool
+    ) -> Tensor:
+        """The first, of which the time is taken, and the second, which is recorded."""
+        state: Any = _SEEN  # after an interrupt, and where another thread records
+        try:
+            if is_seen and _recording.acquire(blocking=False):
+                try:
+                    result, state = _record(function, inputs)
+                finally:
+                    _recording.release()
+            else:
+                began = time.perf_counter()
+                result = function(*inputs)
+                if time.perf_counter() - began > LONGEST:
+                    state = None
+        finally:
+            self._put(form, state)
+        return result

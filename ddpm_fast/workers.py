@@ -21,7 +21,7 @@ LARGEST_OF_ONE_CORE, LARGEST_GROUP = 2**17, 2**22
 # above BEST_GROUP, in values, a group is little faster; worth it up to this share of the batch.
 SMALLEST_GROUP, BEST_GROUP, BEST_SHARE = 2**18, 2**20, 1 / 8
 FEWEST_IN_A_GROUP = 2
-MOST_WORKERS = 8  # more were not measured; of what is not recorded, they would wait for Python
+MOST_WORKERS = 8  # more were not measured; layers that Python calls would wait for its lock
 
 
 @lru_cache

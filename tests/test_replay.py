@@ -14,6 +14,7 @@ from ddpm_fast.replay import Recordings
 pytestmark = pytest.mark.usefixtures("extension")
 
 
+TARGET = torch.zeros(2, 3, 3)
 CONSTANT = torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(2))
 
 
@@ -87,10 +88,10 @@ def both(x, y):
 
 OTHERS = {
     "an unknown operator": lambda x, y: torch.sin(x),
-    "a number": lambda x, y: torch.bmm(x, y) * x.sum().item(),
+    "a number": lambda x, y: torch.bmm(x, y)[:, : 1 + int(x[0, 0, 0].item() > 0)],
     "numpy": unseen,
     "a constant": lambda x, y: CONSTANT,
-    "a constant written into": lambda x, y: torch.bmm(x, CONSTANT.clone()[:, :3, :3].copy_(y[:1])),
+    "a constant written into": lambda x, y: torch.bmm(x, TARGET.copy_(y)),
     "the second of two results": both,
     "another dtype": lambda x, y: torch.bmm(x, y.view(torch.int32).float()),
     "another layout": lambda x, y: torch.bmm(x, y.to_sparse().to_dense()),
@@ -100,9 +101,6 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
 def test_what_cannot_be_recorded_is_called(name):
-    if name == "a constant written into":
-        constant = torch.zeros(2, 3, 3)
-        OTHERS[name] = lambda x, y: torch.bmm(x, constant.copy_(y))
     function, recordings = Counted(OTHERS[name]), Recordings()
     for seed in range(4):
         assert torch.equal(recordings(function, *pair(seed)), OTHERS[name](*pair(seed)))
@@ -132,6 +130,57 @@ def test_the_forms_that_were_not_used_for_longest_go(monkeypatch):
 
     assert [calls(1, 3), calls(2, 3), calls(1), calls(3, 3)] == [2, 2, 0, 2]
     assert [calls(1), calls(3), calls(2)] == [0, 0, 1]
+
+
+@torch.no_grad()
+def test_what_takes_long_is_not_recorded(monkeypatch):
+    monkeypatch.setattr(replay, "LONGEST", 0)
+    function, recordings = Counted(torch.bmm), Recordings()
+    for _ in range(4):
+        recordings(function, *pair())
+    assert function.calls == 4
+
+
+@torch.no_grad()
+def test_an_interrupted_recording_is_made_the_next_time():
+    recordings = Recordings()
+
+    def interrupted(x, y):
+        raise KeyboardInterrupt
+
+    recordings(torch.bmm, *pair())
+    with pytest.raises(KeyboardInterrupt):
+        recordings(interrupted, *pair())
+    function = Counted(torch.bmm)
+    for _ in range(3):
+        assert torch.equal(recordings(function, *pair()), torch.bmm(*pair()))
+    assert function.calls == 1
+
+
+@torch.no_grad()
+def test_one_may_be_called_inside_another():
+    """The inner one is recorded, if at all, when the outer one is not being recorded."""
+    inner, outer = Recordings(), Recordings()
+    for _ in range(4):
+        got = outer(lambda x, y: torch.bmm(inner(torch.bmm, x, y), y), *pair())
+        assert torch.equal(got, torch.bmm(torch.bmm(*pair()), pair()[1]))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_inference_mode_made_is_recorded(mode):
+    with torch.inference_mode():
+        x, y = pair()
+        constant = CONSTANT.clone()
+
+    def function(x, y):
+        constants = constant[None, :, :3, :3].expand(1, 2, 3, 3)
+        return F.scaled_dot_product_attention(x[None].half().float(), y[None], constants)
+
+    counted, recordings = Counted(function), Recordings()
+    with mode():
+        for _ in range(4):
+            assert torch.equal(recordings(counted, x, y), function(x, y))
+    assert counted.calls == 2
 
 
 @torch.no_grad()
@@ -171,11 +220,31 @@ print("freed", held)
     assert told(code) == "freed []\n"
 
 
+def test_dropping_one_may_use_the_others():
+    code = """
+import torch, weakref
+from ddpm_fast import replay
+replay.MOST = 1
+recordings = replay.Recordings()
+def used(n, weight):
+    with torch.no_grad():
+        for _ in range(3):
+            recordings(lambda x: torch.bmm(x, weight), torch.zeros(1, n, 2))
+weight = torch.zeros(1, 2, 2)
+weakref.finalize(weight, lambda: (used(3, torch.ones(1, 2, 2)), print("used")))
+used(1, weight)
+del weight
+used(2, torch.ones(1, 2, 2))
+"""
+    assert told(code) == "used\n"
+
+
 def test_it_takes_no_more_memory_than_the_function():
     """Neither while it is recorded nor in a replay; but what the allocator makes of it."""
     code = """
 import torch
-from ddpm_fast.replay import Recordings
+from ddpm_fast import replay
+replay.LONGEST = 1e9
 weight = torch.eye(1024)[None]
 def chain(x):
     for _ in range(100):
@@ -186,7 +255,7 @@ def highest():
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
 with torch.no_grad():
     torch.set_num_threads(1)
-    x, recordings = torch.ones(1, 1024, 1024), Recordings()
+    x, recordings = torch.ones(1, 1024, 1024), replay.Recordings()
     chain(x), chain(x)
     before = highest()
     for _ in range(4):

@@ -16,8 +16,15 @@ from ddpm_fast import backend
 from ddpm_fast.checkpoint import load_model
 from ddpm_fast.inference import prepare
 from ddpm_fast.unet_config import UNetConfig
+from ddpm_fast.workers import group_size
 
 pytestmark = pytest.mark.usefixtures("extension")
+
+
+@pytest.fixture(autouse=True)
+def whatever_it_takes(monkeypatch):
+    """A slow machine records, too."""
+    monkeypatch.setattr("ddpm_fast.replay.LONGEST", 1e9)
 
 
 @pytest.fixture(params=["own", "oneDNN"])
@@ -127,6 +134,31 @@ def test_nothing_is_kept_when_the_network_is_gone(tiny_config):
     assert torch._C._storage_Use_Count(storage._cdata) == 1
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_inference_mode_and_groups_are_recorded(dtype, kernels, tiny_config, monkeypatch):
+    for limit in ("LARGEST_OF_ONE_CORE", "SMALLEST_GROUP"):
+        monkeypatch.setattr(f"ddpm_fast.workers.{limit}", 0)
+    group_size.cache_clear()
+    torch.set_num_threads(2)
+    config = tiny_config(resblock_updown=True, num_heads=2)
+    with torch.inference_mode():
+        network, arguments = prepare(randomized(config), CPU, dtype), inputs(config, 4)
+        want = by_layers(network, *arguments)
+        for _ in range(4):
+            assert torch.equal(network(*arguments), want)
+    assert len(made_by(network)) == 1 and is_recorded(network)
+    assert next(iter(network._recordings._made))[0][0][0] == 2  # samples of a group
+    group_size.cache_clear()
+
+
+def test_torch_func_sees_the_layers(tiny_config):
+    network, (x, t, _) = prepare(randomized(tiny_config()), CPU, F32), inputs(tiny_config())
+    want = by_layers(network, x, t)
+    for _ in range(3):
+        got, _ = torch.func.jvp(lambda x: network(x, t), (x,), (x,))
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("watching", ["torch.compiler.is_compiling", "torch.jit.is_tracing"])
 def test_nothing_is_replayed_into_a_trace(watching, tiny_config, monkeypatch):
     network, x = prepare(randomized(tiny_config()), CPU, F32), inputs(tiny_config())[0]
@@ -160,9 +192,10 @@ def test_without_the_extension_layers_are_called(tiny_config, monkeypatch):
     monkeypatch.setattr("ddpm_fast.ops.is_attention_fastest", lambda dtype: False)
     network, arguments = prepare(randomized(tiny_config()), CPU, F32), inputs(tiny_config())
     want = network(*arguments)
-    monkeypatch.setattr(backend, "extension", None)
-    for _ in range(3):
-        assert torch.allclose(network(*arguments), want, atol=1e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "extension", None)
+        for _ in range(3):
+            assert torch.allclose(network(*arguments), want, atol=1e-4)
 
 
 def test_torch_does_not_import_its_compiler_for_it():
@@ -173,7 +206,8 @@ from ddpm_fast.inference import prepare
 network = prepare(load_model("mnist").unet, torch.device("cpu"), torch.float32)
 for _ in range(3):
     network(torch.zeros(1, 1, 28, 28), torch.zeros(1))
-print([m is not None for m in network._recordings._made.values()], "torch._dynamo" in sys.modules)
+made = [type(m).__name__ for m in network._recordings._made.values()]
+print(made, "torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "[True] False\n", done.stderr
+    assert done.stdout == "['Tensor'] False\n", done.stderr
