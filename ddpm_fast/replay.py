@@ -233,19 +233,20 @@ def is_plain(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.is_cpu and not is_wrapper
 
 
-_SEEN = object()
+_NEW, _SEEN = object(), object()
 
 
 class Recordings:
     """Of one function, for inputs of any form; those that were not used for longest are dropped.
 
-    What comes a second time is recorded, by one call and a replay that must be the same; and only
-    what takes less than LONGEST, since Python's share of more is not worth that. Copies and pickles
-    begin without any.
+    What comes again is recorded, by one call and a replay that must be the same; once a call took
+    less than LONGEST, since Python's share of more is not worth that. Copies and pickles begin
+    without any.
     """
 
     def __init__(self) -> None:
-        # By form: None, where it cannot be recorded or someone is at it; _SEEN; or its recording.
+        # By form: None, where it cannot be recorded or someone is at it; _SEEN, where it is to be;
+        # or its recording.
         self._made: OrderedDict[Any, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -267,7 +268,10 @@ class Recordings:
 
     def _put(self, form: Any, state: Any) -> None:
         with self._lock:
-            self._made[form] = state
+            dropped = self._made.pop(form, None)
+            if state is not _NEW:
+                self._made[form] = state
+        del dropped  # see above
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """function(*inputs), without gradients.
@@ -289,8 +293,8 @@ class Recordings:
     def _first_calls(
         self, function: Callable[..., Tensor], inputs: Sequence[Tensor], form: Any, is_seen: bool
     ) -> Tensor:
-        """The first, of which the time is taken, and the second, which is recorded."""
-        state: Any = _SEEN  # after an interrupt, and where another thread records
+        """Those of which the time is taken, and then the one that is recorded."""
+        state = _SEEN if is_seen else _NEW  # after an interrupt
         try:
             if is_seen and _recording.acquire(blocking=False):
                 try:
@@ -300,8 +304,7 @@ class Recordings:
             else:
                 began = time.perf_counter()
                 result = function(*inputs)
-                if time.perf_counter() - began > LONGEST:
-                    state = None
+                state = _SEEN if time.perf_counter() - began < LONGEST else _NEW
         finally:
             self._put(form, state)
         return result

@@ -134,11 +134,13 @@ def test_the_forms_that_were_not_used_for_longest_go(monkeypatch):
 
 @torch.no_grad()
 def test_what_takes_long_is_not_recorded(monkeypatch):
-    monkeypatch.setattr(replay, "LONGEST", 0)
+    """But what takes long at first, as what libraries prepare does, is recorded later."""
     function, recordings = Counted(torch.bmm), Recordings()
-    for _ in range(4):
-        recordings(function, *pair())
-    assert function.calls == 4
+    for longest, calls in ((0, 4), (1e9, 6)):
+        monkeypatch.setattr(replay, "LONGEST", longest)
+        for _ in range(4):
+            assert torch.equal(recordings(function, *pair()), torch.bmm(*pair()))
+        assert function.calls == calls
 
 
 @torch.no_grad()

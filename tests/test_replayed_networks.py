@@ -151,6 +151,7 @@ def test_inference_mode_and_groups_are_recorded(dtype, kernels, tiny_config, mon
     group_size.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
 def test_torch_func_sees_the_layers(tiny_config):
     network, (x, t, _) = prepare(randomized(tiny_config()), CPU, F32), inputs(tiny_config())
     want = by_layers(network, x, t)
