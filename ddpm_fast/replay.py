@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from . import backend
 
@@ -185,11 +185,6 @@ class _Recorder(TorchDispatchMode):
         return [self._slots - self._inputs, len(steps), *chain(*steps), slot]
 
 
-# Modes that are on in two threads at once can leave torch's flags for "in a dispatch mode", which
-# are of the whole process, set for good.
-_recording = threading.Lock()
-
-
 def _record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Any]:
     """What the function returns, and its recording; None where it cannot be, or differs."""
     # In inference mode operators come in other pieces; what was made there cannot be taken out.
@@ -199,8 +194,13 @@ def _record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[
             recorder = _Recorder(inputs)
         except _CannotRecord:
             return function(*inputs), None
-        with recorder:
+        # Not by `with`, which sets flags of the whole process: threads that leave in another order
+        # than they came would leave them set for good.
+        _push_mode(recorder)
+        try:
             result = function(*inputs)
+        finally:
+            _pop_mode()
         try:
             numbers = recorder.numbers(result)
             recording = torch.ops.ddpm_fast.record.default(numbers, recorder.constants, inputs)
@@ -296,11 +296,8 @@ class Recordings:
         """Those of which the time is taken, and then the one that is recorded."""
         state = _SEEN if is_seen else _NEW  # after an interrupt
         try:
-            if is_seen and _recording.acquire(blocking=False):
-                try:
-                    result, state = _record(function, inputs)
-                finally:
-                    _recording.release()
+            if is_seen:
+                result, state = _record(function, inputs)
             else:
                 began = time.perf_counter()
                 result = function(*inputs)

@@ -161,7 +161,6 @@ def test_an_interrupted_recording_is_made_the_next_time():
 
 @torch.no_grad()
 def test_one_may_be_called_inside_another():
-    """The inner one is recorded, if at all, when the outer one is not being recorded."""
     inner, outer = Recordings(), Recordings()
     for _ in range(4):
         got = outer(lambda x, y: torch.bmm(inner(torch.bmm, x, y), y), *pair())
