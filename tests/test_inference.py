@@ -273,7 +273,6 @@ def test_without_our_own_operators_it_computes_the_same(change, dtype, tiny_conf
     arguments = inputs(unet.config)
     want = run(unet, F32, *arguments)
     got = run(prepare(unet, CPU, dtype), dtype, *arguments)
-    # A thin network rounds more than a wide one: PyTorch's own bfloat16 is the measure there.
     plain = error(run(prepare(unet, CPU, dtype, fused=False), dtype, *arguments), want)
     assert error(got, want) < max(BOUND[dtype], 1.25 * plain)
 

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ddpm_fast import backend, replay
 from ddpm_fast.replay import Recordings
@@ -105,6 +106,20 @@ def test_what_cannot_be_recorded_is_called(name):
     for seed in range(4):
         assert torch.equal(recordings(function, *pair(seed)), OTHERS[name](*pair(seed)))
     assert function.calls == 4
+
+
+@torch.no_grad()
+def test_recording_sets_no_flag_of_the_whole_process():
+    """Which threads that record at once could leave set for good."""
+    recordings, before, seen = Recordings(), is_in_torch_dispatch_mode(), []
+
+    def function(x, y):
+        seen.append((is_in_torch_dispatch_mode(), torch._C._len_torch_dispatch_stack()))
+        return torch.bmm(x, y)
+
+    for _ in range(3):
+        recordings(function, *pair())
+    assert seen == [(before, 0), (before, 1)]
 
 
 @torch.no_grad()
