@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from amx import build_emulator, emulated
 
 from ddpm_fast import backend, ops
 from ddpm_fast.checkpoint import Model, save_model
@@ -43,6 +44,19 @@ def fused_steps(monkeypatch):
 
     monkeypatch.setattr(ops, "p_sample_step", counted)
     return taken
+
+
+@pytest.fixture(scope="session")
+def amx_library(tmp_path_factory):
+    """The emulator of AMX's instructions, not installed."""
+    return build_emulator(tmp_path_factory.mktemp("amx"))
+
+
+@pytest.fixture
+def amx_emulator(amx_library):
+    """AMX's instructions work during the test; the function tells how many there were of each."""
+    with emulated(amx_library) as counts:
+        yield counts
 
 
 TINY = {
