@@ -12,7 +12,7 @@ SMALLEST = np.float64(np.finfo(np.float32).tiny)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def library(amx_library, tmp_path_factory):
     return amx_forms.build(tmp_path_factory.mktemp("forms"))
 
 
