@@ -37,7 +37,7 @@ def skip_without_emulation() -> None:
 
 def build_library(path: Path, *sources: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     strict = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
-    run(cxx(), *strict, *flags, *sources, "-pthread", "-o", path)
+    run(cxx(), *strict, *flags, *sources, "-o", path)
     return ctypes.CDLL(str(path))
 
 

@@ -179,7 +179,7 @@ void amx_emulator_install() {
   if (installed) return;
   struct sigaction action{};
   action.sa_sigaction = on_illegal_instruction;
-  action.sa_flags = SA_SIGINFO | SA_NODEFER;  // a previous handler may raise the signal anew
+  action.sa_flags = SA_SIGINFO;
   sigaction(SIGILL, &action, &previous);
   installed = true;
 }

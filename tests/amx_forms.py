@@ -7,8 +7,8 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-import amx
 import numpy as np
+from building import cxx, run
 
 REGISTERS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi")
 REGISTERS += tuple(f"r{number}" for number in range(8, 16))
@@ -114,6 +114,14 @@ def assembly() -> str:
         text.append(_function(f"{name}_rip", f"{name} config(%rip)"))
         thread = "mov thread_config@gottpoff(%rip), %rax"
         text.append(_function(f"{name}_thread", thread, f"{name} %fs:(%rax)"))
+    # No base, though VEX's B is set: no assembler makes it.
+    displacement = ", ".join(f"{byte:#x}" for byte in ABSOLUTE.to_bytes(4, "little"))
+    text.append(_function("load_b", f".byte 0xc4, 0xc2, 0x7b, 0x4b, 0x04, 0x25, {displacement}"))
+    # A signal that is sent arrives where the next instruction is one of AMX's.
+    kill = ("mov $39, %eax", "syscall", "mov %eax, %edi", "mov $4, %esi", "mov $62, %eax")
+    text.append(_function("kill_and_release", *kill, "syscall", "tilerelease"))
+    # A signal's handler that goes on behind the two bytes of ud2: RIP's place in a ucontext_t.
+    text.append(_function("skip_ud2", "addq $2, 168(%rdx)"))
     text.append(_function("address_rip", "lea config(%rip), %rax"))
     text.append(
         _function("address_thread", "mov %fs:0, %rax", "add thread_config@gottpoff(%rip), %rax")
@@ -126,9 +134,10 @@ def assembly() -> str:
 
 def build(folder: Path) -> Path:
     """The library of these functions."""
-    (folder / "forms.s").write_text(assembly())
-    amx.build_library(folder / "libforms.so", folder / "forms.s")
-    return folder / "libforms.so"
+    source, library = folder / "forms.s", folder / "libforms.so"
+    source.write_text(assembly())
+    run(cxx(), "-shared", source, "-o", library)
+    return library
 
 
 def config(rows=(16,) * 8, colsb=(64,) * 8, palette=1, start_row=0, **bytes_) -> bytes:

@@ -1,7 +1,6 @@
-// What tests of the AMX emulator call besides amx_forms.py's single instructions.
+// What a compiler makes of AMX's intrinsics, for the emulator's tests; amx_forms.py has the single
+// instructions.
 #include <immintrin.h>
-#include <signal.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -13,13 +12,6 @@ struct Config {
   uint16_t colsb[16] = {};
   uint8_t rows[16] = {};
 };
-
-int skipped = 0;
-
-void skip_ud2(int, siginfo_t*, void* context) {
-  static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP] += 2;
-  ++skipped;
-}
 
 }  // namespace
 
@@ -50,14 +42,4 @@ void probe_matmul(int64_t m, int64_t n, int64_t pairs, const uint16_t* a, const 
   }
   _tile_release();
 }
-
-// A handler that knows ud2 alone.
-void probe_install_skip_ud2() {
-  struct sigaction action{};
-  action.sa_sigaction = skip_ud2;
-  action.sa_flags = SA_SIGINFO;
-  sigaction(SIGILL, &action, nullptr);
-}
-
-int probe_skipped() { return skipped; }
 }

@@ -63,9 +63,7 @@ def test_every_operand_moves_a_tile(forms, memory, rng, name, amx_emulator):
         tile = rng.integers(0, 256, (16, 64), np.uint8)
         forms.load(i % 8, tile)
         expected = memory.copy() if name == "tilestored" else np.stack([memory[r] for r in rows])
-        # A value that no register holds by chance stands where the operand has no register.
-        values = ABSOLUTE - operand.displacement, stride // operand.scale
-        forms(f"{name}_{i}", *values)
+        forms(f"{name}_{i}", ABSOLUTE - operand.displacement, stride // operand.scale)
         if name == "tilestored":
             for row, values in zip(rows, tile, strict=True):
                 expected[row] = values
@@ -74,6 +72,13 @@ def test_every_operand_moves_a_tile(forms, memory, rng, name, amx_emulator):
         else:
             assert (forms.store(i % 8, 16, 64) == expected).all(), operand
     assert amx_emulator()[name] >= len(operands)
+
+
+def test_no_base_is_no_base_with_every_prefix(forms, memory, rng):
+    forms.configure()
+    memory[NEAR] = rng.integers(0, 256, 16384, np.uint8)
+    forms("load_b")
+    assert (forms.store(0, 16, 64) == memory[HALF : HALF + 64]).all()
 
 
 @pytest.mark.parametrize("name", ["ldtilecfg", "sttilecfg"])
