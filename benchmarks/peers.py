@@ -28,6 +28,7 @@ from networks import MODELS, TIMESTEPS, flop_of, inputs
 from peak_memory import peak_memory
 from torch import Tensor, nn
 
+from ddpm_fast import backend
 from ddpm_fast.checkpoint import Model, load_model
 from ddpm_fast.fused import is_packable
 from ddpm_fast.inference import prepare
@@ -94,6 +95,33 @@ def _ours(folder: Path, dtype: torch.dtype) -> Engine:
     return at
 
 
+@contextmanager
+def _level(name: str) -> Iterator[None]:
+    before = backend.extension.cpu_level()
+    backend.extension._set_cpu_level(name)
+    try:
+        yield
+    finally:
+        backend.extension._set_cpu_level(before)
+
+
+def _by_tiles(folder: Path) -> Engine:
+    """Ours as with DDPM_FAST_CPU=amx, beside what is the default."""
+    with _level("amx"):
+        engine = _ours(folder, BF16)
+
+    def at(x: Tensor, t: Tensor) -> Callable[[], Tensor]:
+        call = engine(x, t)
+
+        def evaluate() -> Tensor:
+            with _level("amx"):
+                return call()
+
+        return evaluate
+
+    return at
+
+
 ENGINES: dict[str, Callable[[Path], Engine]] = {
     "diffusers float32": lambda folder: _diffusers(folder, F32, torch.contiguous_format),
     "diffusers float32 channels_last": lambda folder: _diffusers(folder, F32, LAST),
@@ -102,6 +130,8 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
     "ddpm_fast float32": lambda folder: _ours(folder, F32),
     "ddpm_fast bfloat16": lambda folder: _ours(folder, BF16),
 }
+if backend.is_available() and "amx" in backend.extension.cpu_levels_available():
+    ENGINES["ddpm_fast bfloat16, own AMX"] = _by_tiles
 
 
 def ceiling(dtype: torch.dtype) -> Callable[[], Tensor]:

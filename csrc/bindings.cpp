@@ -19,7 +19,7 @@ std::vector<std::string> replay_operators();  // torch_replay_operators.cpp
 namespace {
 
 std::vector<std::string> levels(bool available_only) {
-  const char* names[3];
+  const char* names[kCpuLevels];
   const int count = cpu_levels(names, available_only);
   return {names, names + count};
 }
@@ -48,7 +48,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace ddpm_fast;
   m.doc() = "Compiled kernels of ddpm_fast; importing it registers torch.ops.ddpm_fast.";
   m.def("build_config", &build_config, "What was compiled into this module.");
-  m.def("cpu_level", [] { return cpu_kernels().name; }, "The instruction-set level in use.");
+  m.def("cpu_level", &cpu_level_name, "The instruction-set level in use.");
   m.def(
       "cpu_levels_available", [] { return levels(true); },
       "The compiled levels that this CPU has, best last.");
@@ -69,8 +69,9 @@ PYBIND11_MODULE(_C, m) {
       py::arg("bfloat16"), "Whether this CPU, at the level in use, has `attention`.");
   m.def("replay_operators", &replay_operators,
         "The operators that a recording can have, by their numbers: see replay.py.");
-  m.def("_set_cpu_level", &set_cpu_level, py::arg("name"),
-        "Use this level from now on (for tests); RuntimeError if it is not available.");
+  m.def("_set_cpu_level", &set_cpu_level, py::arg("name"), py::arg("unchecked") = false,
+        "Use this level from now on (for tests); RuntimeError if it is not available, and not "
+        "`unchecked`.");
   bind_numpy(m);
   bind_while_loop(m);
 }

@@ -189,6 +189,6 @@ void p_sample_step(const StepArgs& args, const ParallelFor& parallel_for) {
   share_out(parallel_for, [&](const auto& share) { step_on_cpu(args, has_previous, share); });
 }
 
-const char* cpu_level() { return cpu_kernels().name; }
+const char* cpu_level() { return cpu_level_name(); }
 
 }  // namespace ddpm_fast

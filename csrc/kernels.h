@@ -7,6 +7,7 @@ namespace ddpm_fast {
 
 inline constexpr int kCoefficients = sizeof(Coefficients) / sizeof(float);
 inline constexpr int kIndexColumns = sizeof(RowIndex) / sizeof(int32_t);
+inline constexpr int64_t kGrainProducts = 500'000;  // without tiles, that are worth a thread
 inline constexpr int64_t kChunk = 4096;  // elements of one sample, the unit of parallel work
 // Of cpu/norm_moments.h: columns, rows, rows and columns.
 inline constexpr int64_t kNormRow = 1024, kNormBlock = 256, kNormCenter = 8, kNormStrip = 64;
@@ -72,7 +73,6 @@ using GroupNormKernel = void (*)(const GroupNormArgs&, int64_t begin, int64_t en
 
 // One instruction-set level. Ranges are in chunks: [0, samples * chunks_of(elements)).
 struct CpuKernels {
-  const char* name;
   void (*randn)(const RandnArgs&, int64_t begin, int64_t end);
   void (*q_sample)(const QSampleArgs&, int64_t begin, int64_t end);
   // Returns the first sample of the range with a value that is not finite, or -1.
@@ -84,6 +84,7 @@ struct CpuKernels {
 struct ConvKernels {
   const char* name;
   DType packed;                                  // of the packed weight
+  int64_t grain;                                 // products that are worth a thread
   int64_t (*packed_elements)(const ConvShape&);  // of these, size and out_size are not read
   void (*pack)(const ConvShape&, const float* weight, void* packed);  // (O, I, kH, kW)
   // The work's units, which may be cut anywhere: each costs as much as any other of its layer.
@@ -103,17 +104,21 @@ struct AttentionKernels {
 };
 
 // dtype: of x. winograd: by Winograd's algorithm, which is for kernels of 3 x 3 and stride 1;
-// float16 has no other. Null where the level in use is below AVX2, and but for float32 where it is
-// below AVX-512 or the CPU lacks AVX512-BF16.
+// float16 has another with amx alone, where its weight is that for bfloat16. Null where the level
+// in use is below AVX2, and but for float32 where it is below AVX-512 or the CPU lacks AVX512-BF16.
 const ConvKernels* conv_kernels(DType dtype, bool winograd);
 // Null where the level in use is below AVX-512, and for bfloat16 where the CPU lacks AVX512-BF16.
 const AttentionKernels* attention_kernels(DType dtype);
 
-// The level in use: DDPM_FAST_CPU (baseline, avx2, avx512), else the best that this CPU has.
-// Throws std::runtime_error if the variable asks for a level that is not there.
+// The level in use: DDPM_FAST_CPU (baseline, avx2, avx512, amx), else the best that this CPU has
+// and that was run on such CPUs. Throws std::runtime_error if the variable asks for a level that is
+// not there. amx is avx512 with convolutions of bfloat16 by tiles.
 const CpuKernels& cpu_kernels();
-void set_cpu_level(const char* name);  // likewise; for tests
-int cpu_levels(const char* names[3], bool available_only);
+const char* cpu_level_name();
+// For tests: likewise; unchecked, also where an emulator is to do what the CPU cannot.
+void set_cpu_level(const char* name, bool unchecked = false);
+inline constexpr int kCpuLevels = 4;
+int cpu_levels(const char* names[kCpuLevels], bool available_only);
 
 extern const CpuKernels kBaselineKernels;
 extern const CpuKernels kAvx2Kernels;
@@ -122,6 +127,7 @@ extern const GroupNormKernel kAvx512Bf16GroupNorm;
 extern const ConvKernels kAvx2Conv, kAvx2Winograd;
 extern const ConvKernels kAvx512Conv, kAvx512Winograd;
 extern const ConvKernels kAvx512Bf16Conv, kAvx512Bf16Winograd, kAvx512Fp16Winograd;
+extern const ConvKernels kAmxBf16Conv, kAmxFp16Conv;
 extern const AttentionKernels kAvx512Attention, kAvx512Bf16Attention;
 
 // Launchers; each returns cudaError_t. A bad row of a step leaves its sample as it was and sets the

@@ -15,9 +15,12 @@ constexpr int64_t kMostTaps = 1 << 10;  // along a side
 
 const ConvKernels& kernels_for(ScalarType dtype, bool winograd) {
   const bool is_float32 = dtype == ScalarType::Float;
-  require(is_float32 || dtype == ScalarType::BFloat16 || (dtype == ScalarType::Half && winograd),
+  const bool is_half = dtype == ScalarType::Half;
+  const ConvKernels* found = is_float32 || is_half || dtype == ScalarType::BFloat16
+                                 ? conv_kernels(kernel_dtype(dtype), winograd)
+                                 : nullptr;
+  require(is_float32 || dtype == ScalarType::BFloat16 || (is_half && (winograd || found)),
           "conv2d is for float32 and bfloat16, but the dtype is ", dtype_name(dtype), ".");
-  const ConvKernels* found = conv_kernels(kernel_dtype(dtype), winograd);
   require(found != nullptr, "conv2d needs a CPU with ", is_float32 ? "AVX2" : "AVX512-BF16",
           ", and DDPM_FAST_CPU not below ", is_float32 ? "avx2" : "avx512",
           "; use torch.nn.functional.conv2d.");
@@ -87,7 +90,7 @@ void run(const ConvKernels& kernel, const std::vector<ConvArgs>& layers) {
   const int64_t each = outputs * shape.kernel[0] * shape.kernel[1] * shape.in_channels / units;
   int64_t bytes = 0;
   for (const ConvArgs& layer : layers) bytes = std::max(bytes, kernel.memory_bytes(layer.shape));
-  run_with_memory(count * units, kGrainProducts / (each + 1) + 1, bytes,
+  run_with_memory(count * units, kernel.grain / (each + 1) + 1, bytes,
                   [&](int64_t begin, int64_t end, void* memory) {
                     while (begin < end) {
                       const int64_t first = begin / units * units;

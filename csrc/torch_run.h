@@ -26,8 +26,6 @@ inline constexpr auto torch_threads = [](int64_t chunks, const auto& body) {
   torch::stable::parallel_for(0, chunks, kGrain, body);
 };
 
-constexpr int64_t kGrainProducts = 500'000;  // of a convolution's kind, that are worth a thread
-
 struct alignas(64) Line {
   char bytes[64];
 };

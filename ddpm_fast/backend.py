@@ -75,6 +75,11 @@ def conv_kernels(dtype: torch.dtype) -> str | None:
     return extension.conv_kernels(dtype == torch.bfloat16)
 
 
+def multiplies_tiles(dtype: torch.dtype) -> bool:
+    """Whether `ops.conv2d` has AMX, with which Winograd's algorithm is not worth what it costs."""
+    return conv_kernels(dtype) == "amx"
+
+
 def has_attention(dtype: torch.dtype) -> bool:
     """Whether `ops.attention` is there on this CPU, at the level in use."""
     if extension is None or dtype not in (torch.float32, torch.bfloat16):

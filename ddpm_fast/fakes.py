@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import fallback
+from .backend import multiplies_tiles
 from .checks import require_one_of
 from .memory import require
 
@@ -90,8 +91,9 @@ def register() -> None:
     @torch.library.register_fake("ddpm_fast::pack_conv2d")
     def _(weight, dtype, winograd=False):
         # The kernel alone knows how wide its blocks are.
-        packed = torch.float16 if winograd and dtype == torch.bfloat16 else dtype
-        return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=packed)
+        if dtype != torch.float32:
+            dtype = torch.float16 if winograd else torch.bfloat16
+        return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=dtype)
 
     @torch.library.register_fake("ddpm_fast::conv2d")
     def _(
@@ -107,7 +109,8 @@ def register() -> None:
         half=False,
     ):
         _require_one_device(x, weight, bias, residual)
-        _require_image("x", x, *LAYER_DTYPES, *(torch.float16,) * winograd)
+        takes_half = winograd or multiplies_tiles(torch.bfloat16)
+        _require_image("x", x, *LAYER_DTYPES, *(torch.float16,) * takes_half)
         _require_pair("kernel_size", kernel_size)
         _require_pair("stride", stride)
         require(

@@ -92,10 +92,12 @@ class Conv(PackedLayer):
         self.place = (list(padding), list(stride), [1, 1], 1)
         exact = exact and dtype == torch.bfloat16
         least, most = sorted(self.shape[:2])
+        has_tiles = backend.multiplies_tiles(dtype)
+        pays = least >= FEWEST_CHANNELS[dtype] and not has_tiles
         winograd = (
             self.shape[2:] == (3, 3)
             and tuple(stride) == (1, 1)
-            and (most >= FEWEST_OF_EXACT if exact else least >= FEWEST_CHANNELS[dtype])
+            and (most >= FEWEST_OF_EXACT if exact else pays)
             and size[0] * size[1] >= FEWEST_PIXELS
         )
         is_exact = exact and winograd and ops.has_conv2d(dtype)
@@ -106,8 +108,8 @@ class Conv(PackedLayer):
             around += [padding[0] + end[0], padding[1] + end[1]]
         self.own_place = (self.shape[0], kernel, list(stride), around, winograd)
         # Winograd's algorithm works in float32: then x is rounded less as float16, and the result
-        # may be float16 too, if `half` is set.
-        self.takes_half = self.is_own and winograd and dtype == torch.bfloat16
+        # may be float16 too, if `half` is set: with tiles x is for this alone.
+        self.takes_half = self.is_own and dtype == torch.bfloat16 and (winograd or has_tiles)
         self.half = False
         self.packing = _packing(dtype) if self.is_own else None
         bias_dtype = torch.float32 if self.is_own else dtype

@@ -39,6 +39,9 @@ def _choice(device: str) -> str:
     return f"{name} ({reason})"
 
 
+_AMX = "amx never ran on a CPU that has it, so to be asked for by name (DDPM_FAST_CPU=amx)"
+
+
 def _cpu_levels() -> str:
     if backend.extension is None:
         return "none"
@@ -46,7 +49,9 @@ def _cpu_levels() -> str:
         used = backend.extension.cpu_level()
     except RuntimeError as error:
         return f"none: {error}"
-    return f"{', '.join(backend.extension.cpu_levels_available())}; in use: {used}"
+    available = backend.extension.cpu_levels_available()
+    unproven = "amx" in available and used != "amx"
+    return f"{', '.join(available)}; in use: {used}" + f"; {_AMX}" * unproven
 
 
 def _convolutions(dtype: torch.dtype) -> str:

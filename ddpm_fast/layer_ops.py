@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from . import fallback
-from .backend import BackendError, conv_kernels, has_attention, is_available, resolve_backend
+from .backend import (
+    BackendError,
+    conv_kernels,
+    has_attention,
+    is_available,
+    multiplies_tiles,
+    resolve_backend,
+)
 from .checks import refuse_grad
 
 
@@ -117,9 +124,10 @@ def has_conv2d(dtype: torch.dtype) -> bool:
 
 
 def is_conv2d_fastest(dtype: torch.dtype) -> bool:
-    """Whether there is `conv2d`; and no AMX, with which oneDNN is faster in bfloat16."""
+    """Whether there is `conv2d`; and no AMX, with which oneDNN is faster in bfloat16, or our own
+    kernels for it, which are used where they are asked for (DDPM_FAST_CPU=amx)."""
     if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        return False
+        return has_conv2d(dtype) and multiplies_tiles(dtype)
     return has_conv2d(dtype)
 
 
@@ -148,8 +156,9 @@ def conv2d(
 ) -> Tensor:
     """A convolution, as torch's, plus residual: summed in float32, rounded once.
 
-    x: (N, C, H, W), float32 or bfloat16, channels_last; by Winograd's algorithm also float16, with
-    the weight for bfloat16. weight: from `pack_conv2d`, for x's dtype. bias: float32 (O,).
+    x: (N, C, H, W), float32 or bfloat16, channels_last; by Winograd's algorithm, or with AMX, which
+    rounds it to bfloat16, also float16, with the weight for bfloat16. weight: from `pack_conv2d`,
+    for x's dtype. bias: float32 (O,).
     residual: like the result, (N, O, H', W') in x's dtype, channels_last; but for float16 both are
     bfloat16, unless the result is to stay float16, `half`.
     kernel_size, stride, padding: of (height, width); a padding of four: (top, left, bottom, right).

@@ -59,6 +59,18 @@ def amx_emulator(amx_library):
         yield counts
 
 
+@pytest.fixture
+def amx_level(request, extension):
+    """The level amx in use, on an emulator where the CPU has none."""
+    if "amx" not in extension.build_config()["cpu_levels"]:
+        pytest.skip("this build's compiler knew no AMX")
+    if backend.conv_kernels(torch.bfloat16) is None:
+        pytest.skip("this CPU has no AVX-512 for bfloat16")
+    if "amx" not in extension.cpu_levels_available():
+        request.getfixturevalue("amx_emulator")
+    extension._set_cpu_level("amx", unchecked=True)
+
+
 TINY = {
     "in_channels": 1,
     "sample_size": (8, 8),

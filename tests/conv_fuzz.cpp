@@ -5,10 +5,14 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "../csrc/kernels.h"
 #include "fuzz_elements.h"
+
+extern "C" void amx_emulator_install();
+extern "C" void amx_emulator_remove();
 
 namespace {
 
@@ -135,30 +139,46 @@ void fuzz_case(const ConvKernels& kernels, bool winograd, double rounding,
   }
 }
 
+// Of the level in use, of each dtype that has kernels.
+void fuzz_level(const char* name, int cases) {
+  for (int i = 0; i < cases; ++i) {
+    const bool winograd = i % 2 != 0;
+    const ConvKernels* f32 = conv_kernels(DType::kFloat32, winograd);
+    const ConvKernels* bf16 = conv_kernels(DType::kBFloat16, winograd);
+    const ConvKernels* f16 = conv_kernels(DType::kFloat16, winograd);
+    if (f32 != nullptr) fuzz_case<float, float>(*f32, winograd, 0x1p-24);
+    if (bf16 != nullptr && winograd) {
+      fuzz_case<BFloat16, Half>(*bf16, winograd, 0x1p-8);
+      fuzz_case<Half, Half, BFloat16>(*f16, winograd, 0x1p-8, DType::kBFloat16);
+      fuzz_case<Half, Half>(*f16, winograd, 0x1p-11, DType::kFloat16);
+    } else if (bf16 != nullptr) {
+      fuzz_case<BFloat16, BFloat16>(*bf16, winograd, 0x1p-8, DType::kBFloat16);
+    }
+    if (f16 != nullptr && !winograd) {  // by tiles: rounded to bfloat16 first
+      fuzz_case<Half, BFloat16, BFloat16>(*f16, winograd, 0x1p-8, DType::kBFloat16);
+      fuzz_case<Half, BFloat16, Half>(*f16, winograd, 0x1p-11, DType::kFloat16);
+    }
+  }
+  std::printf("%s: %d cases of each dtype that has kernels agree\n", name, cases);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 1000;
   generator.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
-  const char* names[3];
+  const char* names[kCpuLevels];
   const int count = cpu_levels(names, true);
   for (int level = 0; level < count; ++level) {
     set_cpu_level(names[level]);
-    for (int i = 0; i < cases; ++i) {
-      const bool winograd = i % 2 != 0;
-      const ConvKernels* f32 = conv_kernels(DType::kFloat32, winograd);
-      const ConvKernels* bf16 = conv_kernels(DType::kBFloat16, winograd);
-      if (f32 != nullptr) fuzz_case<float, float>(*f32, winograd, 0x1p-24);
-      if (bf16 == nullptr) continue;
-      if (winograd) {
-        const ConvKernels& f16 = *conv_kernels(DType::kFloat16, true);
-        fuzz_case<BFloat16, Half>(*bf16, winograd, 0x1p-8);
-        fuzz_case<Half, Half, BFloat16>(f16, winograd, 0x1p-8, DType::kBFloat16);
-        fuzz_case<Half, Half>(f16, winograd, 0x1p-11, DType::kFloat16);
-      } else {
-        fuzz_case<BFloat16, BFloat16>(*bf16, winograd, 0x1p-8);
-      }
-    }
-    std::printf("%s: %d cases of each dtype that has kernels agree\n", names[level], cases);
+    fuzz_level(names[level], cases);
   }
+#ifdef DDPM_FAST_AMX
+  if (std::strcmp(names[count - 1], "avx512") == 0 && conv_kernels(DType::kBFloat16, false)) {
+    amx_emulator_install();
+    set_cpu_level("amx", true);
+    fuzz_level("amx, emulated", cases / 10 + 1);
+    amx_emulator_remove();
+  }
+#endif
 }

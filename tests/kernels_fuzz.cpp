@@ -24,7 +24,7 @@ int64_t chunk_count(const Shape& shape) { return shape.samples * chunks_of(shape
 // then in `written` with the baseline's.
 void compare(const char* what, const Shape& shape, std::vector<Buffer*> written,
              const std::function<int64_t(const CpuKernels&, int64_t, int64_t)>& kernel) {
-  const char* names[3];
+  const char* names[kCpuLevels];
   const int levels = cpu_levels(names, true);
   const int64_t chunks = chunk_count(shape), middle = below(chunks + 1);
   std::vector<std::string> expected;
@@ -183,7 +183,7 @@ class FarFloats {
 };
 
 void far_elements(float* out) {
-  const char* names[3];
+  const char* names[kCpuLevels];
   const int levels = cpu_levels(names, true);
   const int64_t elements = (int64_t{1} << 31) + 4099, count = 4099, seed = 3;
   const int64_t chunks = chunks_of(elements);
@@ -218,6 +218,6 @@ int main(int argc, char** argv) {
   } else {
     std::printf("no address space for 2^34 elements: not tested\n");
   }
-  const char* names[3];
+  const char* names[kCpuLevels];
   std::printf("%d cases, %d levels agree\n", cases, cpu_levels(names, true));
 }

@@ -46,7 +46,7 @@ void fuzz_case(DType dtype, DType out_dtype) {
   args.dtype = dtype;
   args.out_dtype = out_dtype;
   const int64_t groups = args.samples * args.groups, middle = below(groups + 1);
-  const char* names[3];
+  const char* names[kCpuLevels];
   std::vector<float> expected;
   for (int level = 0; level < cpu_levels(names, true); ++level) {
     set_cpu_level(names[level]);
@@ -92,6 +92,6 @@ int main(int argc, char** argv) {
     fuzz_case<BFloat16, Half>(DType::kBFloat16, DType::kFloat16);
     fuzz_case<Half, Half>(DType::kFloat16, DType::kFloat16);
   }
-  const char* names[3];
+  const char* names[kCpuLevels];
   std::printf("%d cases, %d levels agree\n", cases, cpu_levels(names, true));
 }

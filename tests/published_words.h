@@ -56,7 +56,7 @@ int64_t joined(uint32_t low, uint32_t high) {
 // Where the noise has those counters, each level has the normals of those words, to 4 ulp of
 // Box-Muller in double.
 void known_normals(float* out) {
-  const char* names[3];
+  const char* names[kCpuLevels];
   const int levels = cpu_levels(names, true);
   for (const KnownWords& known : kKnownWords) {
     const int64_t seed = joined(known.key[0], known.key[1]);

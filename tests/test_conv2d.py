@@ -18,13 +18,16 @@ from conv_cases import (
 
 from ddpm_fast import backend, fused, ops
 
-KERNELS = {"avx512_bf16": BF16, "avx512": F32, "avx2": F32}
+KERNELS = {"avx512_bf16": BF16, "avx512": F32, "avx2": F32, "amx": BF16}
 
 
 @pytest.fixture(params=KERNELS)
 def dtype(request, extension):
     """The dtype of the kernels of one instruction set, which are in use."""
     dtype, level = KERNELS[request.param], request.param.removesuffix("_bf16")
+    if level == "amx":
+        request.getfixturevalue("amx_level")
+        return dtype
     if level not in extension.cpu_levels_available():
         pytest.skip(f"this CPU has no {level}")
     extension._set_cpu_level(level)
@@ -92,6 +95,22 @@ def test_winograd_of_float16(layer):
         assert (got.double() - want).norm() <= (1.5e-3 if half else 2.5e-3) * want.norm()
 
 
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_tiles_of_float16(amx_level, layer):
+    """x is rounded to bfloat16; the result is what that is rounded to."""
+    x, weight, bias, residual = case(layer, 3, torch.float16)
+    packed = ops.pack_conv2d(weight.float(), BF16)
+    assert torch.equal(packed, ops.pack_conv2d(weight.float(), torch.float16))
+    same = ops.conv2d(x.bfloat16(), packed, bias, residual.bfloat16(), *layer[1:5])
+    got = ops.conv2d(x, packed, bias, residual.bfloat16(), *layer[1:5])
+    assert got.dtype == BF16 and torch.equal(got, same)
+    exact = [x.bfloat16().double(), weight.bfloat16().double(), bias.double()]
+    want = F.conv2d(*exact, *layer[3:5]) + residual.double()
+    got = ops.conv2d(x, packed, bias, residual, *layer[1:5], half=True)
+    assert got.dtype == torch.float16 and got.is_contiguous(memory_format=LAST)
+    assert (got.double() - want).norm() <= 4e-4 * want.norm()
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-7, 1.0, 1e8])
 def test_winograds_weights_have_any_size(dtype, size):
     """Also where they are kept as float16."""
@@ -106,11 +125,12 @@ def test_winograds_weights_have_any_size(dtype, size):
         assert apart.norm() <= {F32: 2e-6, BF16: 4e-3}[dtype] * want[:, channel].norm()
 
 
-@pytest.mark.parametrize("winograd", [False, True])
-@pytest.mark.parametrize("layer", LAYERS + LAYERS_3X3[-2:], ids=str)
+@pytest.mark.parametrize(
+    "layer,winograd",
+    [(layer, False) for layer in LAYERS] + [(layer, True) for layer in LAYERS_3X3],
+    ids=str,
+)
 def test_neither_batch_nor_place_nor_threads_change_a_bit(dtype, layer, winograd):
-    if winograd and layer not in LAYERS_3X3:
-        pytest.skip("Winograd's algorithm is not for this layer")
     x, weight, bias, residual = case(layer, 7, dtype)
     torch.set_num_threads(1)
     want = convolution(layer, x, weight, bias, residual, winograd)
@@ -200,7 +220,8 @@ def test_opcheck(dtype, winograd):
     for b, r in ((None, None), (bias, residual)):
         arguments = (x, packed, b, r, *settings, winograd)
         torch.library.opcheck(torch.ops.ddpm_fast.conv2d.default, arguments)
-    for half in (False, True) if winograd and dtype == BF16 else ():
+    takes_half = dtype == BF16 and (winograd or backend.multiplies_tiles(BF16))
+    for half in (False, True) if takes_half else ():
         arguments = (x.half(), packed, bias, None, *settings, winograd, half)
         torch.library.opcheck(torch.ops.ddpm_fast.conv2d.default, arguments)
     torch.library.opcheck(torch.ops.ddpm_fast.pack_conv2d.default, (weight, dtype, winograd))

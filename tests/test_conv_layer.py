@@ -34,6 +34,23 @@ def test_a_network_uses_it_where_the_cpu_has_no_amx(monkeypatch, has_amx):
         )
 
 
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_with_the_level_amx_it_is_used_with_amx_too(monkeypatch, amx_level, has_amx):
+    """Without Winograd's algorithm, but where that rounds less."""
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has_amx)
+    weight, size = torch.randn(64, 64, 3, 3), (16, 16)
+    usual, exact = (
+        fused.Conv(weight, None, BF16, size, (1, 1), exact=exact) for exact in (False, True)
+    )
+    x = torch.randn(2, 64, *size, dtype=BF16).contiguous(memory_format=LAST)
+    for conv, winograd in ((usual, False), (exact, True)):
+        assert conv.is_own and conv.takes_half and conv.own_place[-1] == winograd
+        want = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
+        for given in (x, x.half()):
+            assert (conv(given).double() - want).norm() < 4e-3 * want.norm()
+    assert info.report()
+
+
 @pytest.mark.parametrize("end", [(1, 1), (0, 2)])
 def test_more_padding_at_the_end_is_the_same_with_every_kernel(monkeypatch, end):
     layer = (24, 32, (3, 3), (2, 2), (0, 0), (8, 9))
@@ -46,6 +63,13 @@ def test_more_padding_at_the_end_is_the_same_with_every_kernel(monkeypatch, end)
     assert not other.is_own
     for conv in (own, other):
         torch.testing.assert_close(conv(x), want)
+
+
+def test_a_level_that_is_to_be_asked_for_is_named(monkeypatch, extension):
+    assert "asked for" not in dict(info.report())["CPU levels here"]
+    levels = ["baseline", "avx2", "avx512", "amx"]
+    monkeypatch.setattr(extension, "cpu_levels_available", lambda: levels)
+    assert "DDPM_FAST_CPU=amx" in dict(info.report())["CPU levels here"]
 
 
 def test_without_the_extension_there_is_none(monkeypatch):

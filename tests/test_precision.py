@@ -56,6 +56,24 @@ def test_random_weights(weights, seed, convolutions):
     assert error(rounded.double(), want) < 1.1 * MOST[weights, convolutions]
 
 
+@pytest.mark.parametrize("weights,most", [(with_unit_gain, 1.1e-2), (randomized, 1.0e-2)])
+def test_random_weights_with_amx(weights, most, amx_level):
+    """One sample, which takes an emulator long enough."""
+    unet = weights(CONFIG, 0)
+    x, _, _ = inputs(CONFIG, 1, 1)
+    network, want = prepare(unet, CPU, BF16), run(unet, F32, x, T[3:4])
+    assert unfused(network) == [] and network.is_own
+    assert network.down[0].block.conv1.packing[1] == "amx"
+    assert error(network(x, T[3:4]).double(), want) < most
+
+
+def test_the_shipped_model_with_amx(amx_level):
+    unet = load_model("mnist").unet
+    x, _, _ = inputs(unet.config, 1)
+    got = prepare(unet, CPU, BF16)(x, T[3:4])
+    assert error(got.double(), run(unet, F32, x, T[3:4])) < 0.3e-2
+
+
 def test_the_shipped_model(convolutions):
     """Whose x and result, rounded, are a third of the error."""
     unet = load_model("mnist").unet

@@ -121,6 +121,6 @@ struct Avx2 {
 
 }  // namespace
 
-const CpuKernels kAvx2Kernels = cpu_kernels<Avx2>("avx2");
+const CpuKernels kAvx2Kernels = cpu_kernels<Avx2>();
 
 }  // namespace ddpm_fast

@@ -5,6 +5,6 @@
 
 namespace ddpm_fast {
 
-const CpuKernels kAvx512Kernels = cpu_kernels<Avx512>("avx512");
+const CpuKernels kAvx512Kernels = cpu_kernels<Avx512>();
 
 }  // namespace ddpm_fast

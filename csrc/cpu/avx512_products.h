@@ -35,7 +35,10 @@ struct Avx512Sums {
   static void store(float* p, F x, int64_t count) { _mm512_mask_storeu_ps(p, lanes(count), x); }
 };
 
-struct Avx512Products : Avx512Sums {
+template <class Sums>
+struct Avx512FloatProducts : Sums {
+  using typename Sums::F;
+  using typename Sums::Half;
   using Element = float;
   using Stored = float;
   using Weights = __m512;
@@ -50,6 +53,8 @@ struct Avx512Products : Avx512Sums {
     return _mm256_fmadd_ps(weights, _mm512_castps512_ps256(shared), sum);
   }
 };
+
+using Avx512Products = Avx512FloatProducts<Avx512Sums>;
 
 }  // namespace
 }  // namespace ddpm_fast

@@ -90,6 +90,6 @@ struct Scalar {
 
 }  // namespace
 
-const CpuKernels kBaselineKernels = cpu_kernels<Scalar>("baseline");
+const CpuKernels kBaselineKernels = cpu_kernels<Scalar>();
 
 }  // namespace ddpm_fast

@@ -12,6 +12,10 @@ namespace {
 // Bytes of a strip of the input, which stay in the second-level cache beside a block's weights.
 constexpr int64_t kStripBytes = int64_t{1} << 18;
 
+constexpr DType dtype_of(float) { return DType::kFloat32; }
+constexpr DType dtype_of(BFloat16) { return DType::kBFloat16; }
+constexpr DType dtype_of(Half) { return DType::kFloat16; }
+
 template <class D>
 int64_t padded_depth(int64_t channels) {
   return (channels + D::kDepth - 1) / D::kDepth * D::kDepth;
@@ -73,6 +77,48 @@ struct Strip {
   int64_t row, pixel;  // strides
 };
 
+template <class T>
+void zero(T* at, int64_t count) {
+  __builtin_memset(at, 0, count * sizeof *at);
+}
+
+// Of `channels`, as pixels of `depth`, with zeros after them.
+template <class T>
+void copy_pixels(const T* from, int64_t pixels, int64_t channels, int64_t depth, T* to) {
+  if (depth == channels) {
+    __builtin_memcpy(to, from, pixels * channels * sizeof *to);
+    return;
+  }
+  for (int64_t i = 0; i < pixels; ++i) {
+    for (int64_t c = 0; c < depth; ++c) {
+      to[i * depth + c] = c < channels ? from[i * channels + c] : T{};
+    }
+  }
+}
+
+// Work whose units are items of blocks: of the first strip of items all blocks, one after another,
+// then the next strip's. Of each strip, calls prepare(its first item, begin, end) with the items
+// that are needed, then run(block, its first item, begin, end); items are counted in the strip.
+template <class Prepare, class Run>
+void each_strip(int64_t begin, int64_t end, int64_t items, int64_t strip, int64_t blocks,
+                const Prepare& prepare, const Run& run) {
+  while (begin < end) {
+    const int64_t first = begin / (strip * blocks) * strip, before = first * blocks;
+    const int64_t count = items - first < strip ? items - first : strip;
+    const int64_t from = begin - before;
+    const int64_t to = end - before < count * blocks ? end - before : count * blocks;
+    const int64_t block = from / count, last = (to - 1) / count;
+    // More than one block needs all of the strip.
+    prepare(first, block == last ? from - block * count : 0,
+            block == last ? to - block * count : count);
+    for (int64_t i = block; i <= last; ++i) {
+      const int64_t done = i * count;
+      run(i, first, from > done ? from - done : 0, to - done < count ? to - done : count);
+    }
+    begin = before + to;
+  }
+}
+
 // The rows of the input that some rows of the output need.
 template <class D>
 struct ConvStrips {
@@ -112,25 +158,10 @@ struct ConvStrips {
       const bool exists = top + i >= 0 && top + i < shape.size[0] && inside > 0;
       const int64_t before = exists ? left * depth : row, copied = exists ? inside * depth : 0;
       zero(at, before);
-      if (exists) copy_pixels(x + (top + i) * in_row, inside, at + before);
+      if (exists) copy_pixels(x + (top + i) * in_row, inside, channels, depth, at + before);
       zero(at + before + copied, row - before - copied);
     }
     return {to, row, depth};
-  }
-
- private:
-  static void zero(T* at, int64_t count) { __builtin_memset(at, 0, count * sizeof *at); }
-  void copy_pixels(const T* from, int64_t pixels, T* to) const {
-    const int64_t channels = shape.in_channels;
-    if (depth == channels) {
-      __builtin_memcpy(to, from, pixels * channels * sizeof *to);
-      return;
-    }
-    for (int64_t i = 0; i < pixels; ++i) {
-      for (int64_t c = 0; c < depth; ++c) {
-        to[i * depth + c] = c < channels ? from[i * channels + c] : T{};
-      }
-    }
   }
 };
 

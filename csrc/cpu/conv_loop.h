@@ -250,15 +250,12 @@ void conv2d(const ConvArgs& args, int64_t begin, int64_t end, void* memory) {
   }
 }
 
-constexpr DType dtype_of(float) { return DType::kFloat32; }
-constexpr DType dtype_of(BFloat16) { return DType::kBFloat16; }
-constexpr DType dtype_of(Half) { return DType::kFloat16; }
-
 template <class D>
 constexpr ConvKernels conv_kernels(const char* name) {
   using T = typename D::Element;
   return {name,
           dtype_of(typename D::Stored{}),
+          kGrainProducts,
           packed_elements<D>,
           [](const ConvShape& shape, const float* weight, void* packed) {
             pack_conv2d<D>(shape, weight, static_cast<typename D::Stored*>(packed));

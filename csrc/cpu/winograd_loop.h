@@ -166,21 +166,12 @@ struct WinogradRun {
 template <class D, class T, class Out>
 void winograd_conv2d(const ConvArgs& args, int64_t begin, int64_t end, void* memory) {
   const WinogradRun<D, T, Out> run(args, static_cast<float*>(memory));
-  const int64_t strip = run.layout.strip, blocks = run.layout.blocks.count;
-  const int64_t tiles = args.samples * run.layout.tiles();
-  while (begin < end) {
-    const int64_t first = begin / (strip * blocks) * strip, before = first * blocks;
-    const int64_t count = within(tiles - first, 0, strip);
-    const int64_t from = begin - before, to = within(end - before, 0, count * blocks);
-    const int64_t block = from / count, last = (to - 1) / count;
-    // More than one block needs all of the strip.
-    run.transform_inputs(first, block == last ? from - block * count : 0,
-                         block == last ? to - block * count : count);
-    for (int64_t i = block; i <= last; ++i) {
-      run.run_block(i, first, within(from - i * count, 0, count), within(to - i * count, 0, count));
-    }
-    begin = before + to;
-  }
+  each_strip(
+      begin, end, args.samples * run.layout.tiles(), run.layout.strip, run.layout.blocks.count,
+      [&](int64_t first, int64_t from, int64_t to) { run.transform_inputs(first, from, to); },
+      [&](int64_t block, int64_t first, int64_t from, int64_t to) {
+        run.run_block(block, first, from, to);
+      });
 }
 
 // Of one or two kinds of results.
@@ -188,6 +179,7 @@ template <class D, class T, class Out = T, class Other = Out>
 constexpr ConvKernels winograd_kernels(const char* name) {
   return {name,
           dtype_of(typename D::Stored{}),
+          kGrainProducts,
           packed_winograd_elements<D>,
           [](const ConvShape& shape, const float* weight, void* packed) {
             pack_winograd<D>(shape, weight, static_cast<typename D::Stored*>(packed));

@@ -1,0 +1,235 @@
+// AMX with BF16: convolutions of bfloat16 as products of tiles.
+//
+// A tile holds 16 rows of 64 bytes. One of the input is 32 channels of the 16 pixels that a tap of
+// the kernel sees at 16 neighbouring outputs, which are rows of memory at one distance (see
+// amx_layout.h); times a tile of weights it adds to the sums of these outputs' 16 channels. Two by
+// two of them fill the registers, of which there are eight.
+//
+// An output is the sum over the kernel's rows, in a row over its columns, in a column over the
+// input channels, as the instruction adds them: the layer alone decides its bits.
+#include <immintrin.h>
+
+#include "../numerics.h"
+#include "amx_layout.h"
+
+namespace ddpm_fast {
+namespace {
+
+using D = Avx512Bf16Sums;
+
+constexpr int64_t kLine = 64;  // bytes of a tile's row
+constexpr int64_t kSums = kTileRows * kTileLanes;
+
+// GCC's intrinsics do not say that they read memory.
+DDPM_FAST_INLINE void finish_writing() { asm volatile("" ::: "memory"); }
+
+// The registers as tiles: sums and input of `rows`, weights of all.
+void configure(int64_t rows) {
+  constexpr int kWeights = 6, kRegisters = 8;
+  struct alignas(kLine) {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  } tiles{};
+  static_assert(sizeof tiles == 64);
+  tiles.palette = 1;
+  for (int i = 0; i < kRegisters; ++i) {
+    tiles.row_bytes[i] = kLine;
+    tiles.rows[i] = static_cast<uint8_t>(i < kWeights ? rows : kTileRows);
+  }
+  finish_writing();
+  _tile_loadconfig(&tiles);
+}
+
+template <class T, class Out>
+struct AmxRun {
+  const ConvArgs& args;
+  AmxLayout<T> layout;
+  BFloat16* memory;
+  bool is_copied;
+
+  AmxRun(const ConvArgs& arguments, void* bytes)
+      : args(arguments),
+        layout(args.shape),
+        memory(static_cast<BFloat16*>(bytes)),
+        is_copied(layout.is_copied()) {}
+
+  int64_t outputs() const { return args.samples * layout.out_rows * layout.out_row; }
+
+  // Of the strip from output `first` on: what its outputs [begin, end) see.
+  void prepare(int64_t first, int64_t begin, int64_t end) const {
+    if (!is_copied) return;
+    const int64_t row = layout.out_row;
+    layout.copy(args, first / row, begin / row, tiles_of(end, row), memory);
+    finish_writing();
+  }
+
+  // Outputs [begin, end) of the strip from `first` on.
+  void run_block(int64_t block, int64_t first, int64_t begin, int64_t end) const {
+    const int64_t left = args.shape.out_channels - block * kBlockTiles * kTileLanes;
+    end += first;
+    // Where nothing is copied, the last tile's rows must not reach over the end of x.
+    const int64_t whole = is_copied ? end : outputs() - kTileRows + 1;
+    for (int64_t i = layout.next(first + begin); i < end;) {
+      const int64_t second = layout.next(i + kTileRows);
+      const bool is_whole = i < whole, are_two = second < end && second < whole;
+      if (!is_whole) configure(outputs() - i);
+      const Outputs at{{i, second}, first, end, block};
+      if (left > kTileLanes) {
+        are_two ? run_tiles<2, 2>(at) : run_tiles<1, 2>(at);
+      } else {
+        are_two ? run_tiles<2, 1>(at) : run_tiles<1, 1>(at);
+      }
+      if (!is_whole) configure(kTileRows);
+      i = are_two ? layout.next(second + kTileRows) : second;
+    }
+  }
+
+ private:
+  struct Outputs {
+    int64_t tiles[2];    // their first outputs
+    int64_t first, end;  // of the strip; of what is to be done
+    int64_t block;
+  };
+
+  const BFloat16* pixel(const Outputs& at, int64_t output) const {
+    if (!is_copied) return static_cast<const BFloat16*>(args.x) + output * layout.depth;
+    return memory + (output - at.first) * args.shape.stride[1] * layout.depth;
+  }
+
+  // kTiles of outputs, each of kLanes of channels.
+  template <int kTiles, int kLanes>
+  void run_tiles(const Outputs& at) const {
+    alignas(kLine) float sums[kTiles][kLanes][kSums];
+    const int64_t steps = layout.depth / kTileDepth;
+    const BFloat16* weight = static_cast<const BFloat16*>(args.weight) +
+                             at.block * kBlockTiles * args.shape.kernel[0] * args.shape.kernel[1] *
+                                 steps * kTileElements;
+    add_products<kTiles, kLanes>(pixel(at, at.tiles[0]), pixel(at, at.tiles[kTiles - 1]), weight,
+                                 steps);
+    _tile_stored(0, sums[0][0], kLine);
+    if constexpr (kLanes > 1) _tile_stored(1, sums[0][1], kLine);
+    if constexpr (kTiles > 1) {
+      _tile_stored(2, sums[1][0], kLine);
+      if constexpr (kLanes > 1) _tile_stored(3, sums[1][1], kLine);
+    }
+    for (int i = 0; i < kTiles; ++i) finish<kLanes>(sums[i], at.tiles[i], at.end, at.block);
+  }
+
+  template <int kTiles, int kLanes>
+  void add_products(const BFloat16* x, const BFloat16* other, const BFloat16* weight,
+                    int64_t steps) const {
+    const ConvShape& shape = args.shape;
+    const int64_t stride = shape.stride[1] * layout.depth * int64_t{sizeof *x};
+    _tile_zero(0);
+    if constexpr (kLanes > 1) _tile_zero(1);
+    if constexpr (kTiles > 1) {
+      _tile_zero(2);
+      if constexpr (kLanes > 1) _tile_zero(3);
+    }
+    for (int64_t i = 0; i < shape.kernel[0]; ++i) {
+      int64_t at = i * layout.row * layout.depth;  // columns and their channels follow each other
+      for (int64_t step = shape.kernel[1] * steps; step > 0; --step, at += kTileDepth) {
+        _tile_loadd(4, x + at, stride);
+        _tile_loadd(6, weight, kLine);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (kLanes > 1) {
+          _tile_loadd(7, weight + kTileElements, kLine);
+          _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (kTiles > 1) {
+          _tile_loadd(5, other + at, stride);
+          _tile_dpbf16ps(2, 5, 6);
+          if constexpr (kLanes > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+        weight += kLanes * kTileElements;
+      }
+    }
+  }
+
+  // A tile's sums from output `i` on, of which some may not exist, with bias and residual.
+  template <int kLanes>
+  void finish(const float (&sums)[kLanes][kSums], int64_t i, int64_t end, int64_t block) const {
+    const int64_t* size = args.shape.out_size;
+    const int64_t channel = block * kBlockTiles * kTileLanes;
+    const int64_t left = args.shape.out_channels - channel;
+    D::F bias[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t first = lane * kTileLanes;
+      bias[lane] =
+          args.bias == nullptr ? D::zero() : D::load(args.bias + channel + first, left - first);
+    }
+    int64_t x = i % layout.out_row, y = i / layout.out_row % layout.out_rows;
+    int64_t sample = i / layout.out_row / layout.out_rows;
+    for (int64_t row = 0; row < kTileRows && i + row < end; ++row) {
+      if (x < size[1] && y < size[0]) {
+        const int64_t place =
+            sample * args.out_sample + y * args.out_row + x * args.out_pixel + channel;
+        Out* out = static_cast<Out*>(args.out) + place;
+        DDPM_FAST_UNROLL
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const int64_t first = lane * kTileLanes;
+          D::F sum = D::add(D::load(sums[lane] + row * kTileLanes, kTileLanes), bias[lane]);
+          if (args.residual != nullptr) {
+            const Out* residual = static_cast<const Out*>(args.residual) + place;
+            sum = D::add(sum, D::load(residual + first, left - first));
+          }
+          D::store(out + first, sum, left - first);
+        }
+      }
+      if (++x < layout.out_row) continue;
+      x = 0;
+      if (++y < layout.out_rows) continue;
+      y = 0;
+      ++sample;
+    }
+  }
+};
+
+// The range is in outputs of a block: of the first strip's all, block after block, then the next's.
+template <class T, class Out>
+void amx_conv2d(const ConvArgs& args, int64_t begin, int64_t end, void* memory) {
+  const AmxRun<T, Out> run(args, memory);
+  const int64_t blocks = tiles_of(args.shape.out_channels, kBlockTiles * kTileLanes);
+  configure(kTileRows);
+  each_strip(
+      begin, end, run.outputs(), run.layout.strip(), blocks,
+      [&](int64_t first, int64_t from, int64_t to) { run.prepare(first, from, to); },
+      [&](int64_t block, int64_t first, int64_t from, int64_t to) {
+        run.run_block(block, first, from, to);
+      });
+  _tile_release();  // else each change of threads would save the tiles
+}
+
+// Of one or two kinds of results.
+template <class T, class Out, class Other = Out>
+constexpr ConvKernels amx_kernels() {
+  return {"amx",
+          DType::kBFloat16,
+          16 * kGrainProducts,
+          packed_amx_elements,
+          [](const ConvShape& shape, const float* weight, void* packed) {
+            pack_amx(shape, weight, static_cast<BFloat16*>(packed));
+          },
+          [](const ConvArgs& args) {
+            const AmxLayout<T> layout(args.shape);
+            return tiles_of(args.shape.out_channels, kBlockTiles * kTileLanes) * args.samples *
+                   layout.out_rows * layout.out_row;
+          },
+          [](const ConvShape& shape) {
+            return AmxLayout<T>(shape).strip_elements() * int64_t{sizeof(BFloat16)};
+          },
+          [](const ConvArgs& args, int64_t begin, int64_t end, void* memory) {
+            if (args.out_dtype == dtype_of(Out{})) {
+              return amx_conv2d<T, Out>(args, begin, end, memory);
+            }
+            amx_conv2d<T, Other>(args, begin, end, memory);
+          }};
+}
+
+}  // namespace
+
+const ConvKernels kAmxBf16Conv = amx_kernels<BFloat16, BFloat16>();
+const ConvKernels kAmxFp16Conv = amx_kernels<Float16, BFloat16, Float16>();
+
+}  // namespace ddpm_fast
