@@ -120,6 +120,7 @@ void fuzz_case(const ConvKernels& kernels, bool winograd, double rounding,
   kernels.conv2d(args, middle, units, other.data());
   require(packed.is_intact() && out.is_intact() && memory.is_intact() && other.is_intact(),
           "a margin was written");
+  const double most = largest(weight);
   for (int check = 0; check < 200; ++check) {
     const int64_t i = below(outputs), pixel = i / args.out_pixel, row = pixel / shape.out_size[1];
     const int64_t channel = i % args.out_pixel;
@@ -134,7 +135,7 @@ void fuzz_case(const ConvKernels& kernels, bool winograd, double rounding,
     // What the weights are rounded to; Winograd's sums are of all that a tile sees, at most
     // about 6.
     const double kept = sizeof(Packed) == sizeof(float) ? 0x1p-20 : winograd ? 0x1p-9 : 0x1p-8;
-    const double size = winograd ? 6.0 * 9.0 * shape.in_channels * largest(weight) : sum.size;
+    const double size = winograd ? 6.0 * 9.0 * shape.in_channels * most : sum.size;
     require(apart <= std::abs(sum.value) * rounding + (size + 8.0) * kept, "a wrong sum");
   }
 }

@@ -1,6 +1,7 @@
 """The C++ kernels under the address and undefined-behaviour sanitizers; see *_fuzz.cpp."""
 
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from building import ROOT, configure, cxx, run, tool
@@ -23,6 +24,7 @@ def sanitizers(tmp_path_factory):
 def test_kernels_under_sanitizers(sanitizers, tmp_path):
     configure(ROOT, tmp_path, f"-DDDPM_FAST_SANITIZE={SANITIZERS}")
     run(tool("cmake"), "--build", tmp_path)
-    programs = {"kernels_fuzz": 2000, "norm_fuzz": 300, "conv_fuzz": 300, "attention_fuzz": 300}
-    for program, cases in programs.items():
-        assert "agree" in run(tmp_path / program, str(cases))
+    cases = {"kernels_fuzz": 2000, "norm_fuzz": 300, "conv_fuzz": 300, "attention_fuzz": 300}
+    with ThreadPoolExecutor() as pool:  # each uses one core
+        for said in pool.map(lambda program: run(tmp_path / program, str(cases[program])), cases):
+            assert "agree" in said
