@@ -23,10 +23,10 @@ STEPS = [(None, None), ("ddim10", None), ("3,4", None), (13, "openai"), (9, "lea
 STEPS += [(9, "trailing"), (7, "linspace"), (8, "quadratic"), (1, "trailing")]
 
 
-def published_step(schedule, plan, i, x_t, output, noise):
-    """guided-diffusion's step i of the plan, on the respaced schedule."""
+def published_step(schedule, plan, row, x_t, output, noise):
+    """guided-diffusion's steps `row` (N,) of the plan, on the respaced schedule."""
     respaced = schedule.respace(sorted(plan.timesteps))
-    t = torch.full((len(x_t),), plan.num_steps - 1 - i)
+    t = plan.num_steps - 1 - row
     types = (plan.prediction_type, plan.variance_type, plan.clip_denoised)
     if plan.method == "ddim":
         types += (plan.use_clipped_model_output,)
@@ -35,18 +35,17 @@ def published_step(schedule, plan, i, x_t, output, noise):
 
 
 def check_rows(schedule, plan):
+    """Three samples at each row, all at once."""
     generator = torch.Generator().manual_seed(0)
-    shape = (3, 2, 5)
+    row = torch.arange(plan.num_steps).repeat(3)
     channels = 4 if plan.variance_type.startswith("learned") else 2
-    for i in range(plan.num_steps):
-        x_t, noise = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
-        output = torch.randn(3, channels, 5, generator=generator, dtype=torch.float64)
-        row = torch.full((3,), i)
-        got = reference.step(plan.coefficients64, plan.index, row, x_t, output, noise)
-        wanted = published_step(schedule, plan, i, x_t, output, noise)
-        for g, w in zip(got, wanted, strict=True):
-            # atol for sums that cancel; pred_xstart and x_prev unclipped reach 1e2.
-            torch.testing.assert_close(g, w, rtol=1e-12, atol=2e-13)
+    x_t, noise = torch.randn(2, len(row), 2, 5, generator=generator, dtype=torch.float64)
+    output = torch.randn(len(row), channels, 5, generator=generator, dtype=torch.float64)
+    got = reference.step(plan.coefficients64, plan.index, row, x_t, output, noise)
+    wanted = published_step(schedule, plan, row, x_t, output, noise)
+    for g, w in zip(got, wanted, strict=True):
+        # atol for sums that cancel; pred_xstart and x_prev unclipped reach 1e2.
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=2e-13)
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -124,9 +123,10 @@ def test_chain_in_float32(method, options, prediction_type):
         if plan.variance_type.startswith("learned"):
             log_variance = torch.sin(3 * x) - (4 if plan.variance_type == "learned" else 0)
             output = torch.cat([output, log_variance], dim=1)
-        x, _ = reference.step(plan.coefficients, plan.index, torch.full((3,), i), x, output, z)
-        single = published_step(schedule, plan, i, single, output, z).sample
-        double = published_step(schedule, plan, i, double, output.double(), z.double()).sample
+        row = torch.full((3,), i)
+        x, _ = reference.step(plan.coefficients, plan.index, row, x, output, z)
+        single = published_step(schedule, plan, row, single, output, z).sample
+        double = published_step(schedule, plan, row, double, output.double(), z.double()).sample
         assert x.dtype == single.dtype == torch.float32
         torch.testing.assert_close(x.double(), double, rtol=0, atol=3e-6)
         torch.testing.assert_close(x, single, rtol=0, atol=3e-6)
