@@ -13,5 +13,6 @@ def read(name: str) -> dict | None:
 
 def where(document: dict) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items())
-    device = f"{document['device']} ({', '.join(document['instruction_sets'])})"
+    about = [document.get("cpu_family", ""), *document["instruction_sets"]]  # older files have none
+    device = f"{document['device']} ({', '.join(filter(None, about))})"
     return f"{device}, {document['threads']} threads, {versions}, {document['date']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from importlib import metadata
@@ -15,13 +16,24 @@ from ddpm_fast.device import device_name, resolve_device
 FOLDER = Path(__file__).parent / "results"
 
 
+def _cpu() -> str:
+    """What /proc/cpuinfo says of the CPUs; empty where there is none."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
 def instruction_sets() -> list[str]:
     """Of those that decide the network's speed, the ones this CPU has."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return []
+    flags = _cpu()
     return [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {f}" in flags]
+
+
+def cpu_family() -> str:
+    """Which generation it is, where a virtual machine hides that in the name."""
+    found = re.search(r"^cpu family\s*: (\d+)\nmodel\s*: (\d+)", _cpu(), re.MULTILINE)
+    return f"family {found[1]}, model {found[2]}" if found else ""
 
 
 def _version(package: str) -> str | None:
@@ -47,6 +59,7 @@ def write(name: str, figures: dict, folder: Path = FOLDER) -> Path:
     path.parent.mkdir(exist_ok=True)
     document = {
         "device": device_name(resolve_device("auto")),
+        "cpu_family": cpu_family(),
         "instruction_sets": instruction_sets(),
         "threads": torch.get_num_threads(),
         "versions": {p: v for p in packages if (v := _version(p))},
