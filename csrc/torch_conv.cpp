@@ -185,6 +185,8 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
 
 Tensor upsample_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_channels) {
   const ScalarType dtype = x.scalar_type();
+  require(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+          "x must be float32 or bfloat16, but it is ", dtype_name(dtype), ".");
   const ConvKernels& kernel = kernels_for(dtype, false);
   require_image("x", x, dtype);
   require_dtype("weight", weight, dtype);

@@ -101,7 +101,10 @@ def _cpu(device: torch.device) -> tuple[bool, str]:
         return False, f"the tensors are on {device.type}"
     if extension is None:
         return False, _missing()
-    return True, f"compiled kernels, CPU level {extension.cpu_level()}"
+    try:
+        return True, f"compiled kernels, CPU level {extension.cpu_level()}"
+    except RuntimeError as error:  # DDPM_FAST_CPU asks for what is not there
+        raise BackendError(str(error)) from error
 
 
 def _cuda(device: torch.device) -> tuple[bool, str]:

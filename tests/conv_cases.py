@@ -24,12 +24,15 @@ LAYERS = [
     (96, 192, (2, 2), (1, 1), (1, 1), (7, 7)),
     (48, 24, (1, 1), (1, 1), (0, 0), (14, 14)),
     (5, 7, (1, 1), (1, 1), (0, 0), (3, 5)),
+    (32, 40, (1, 1), (1, 1), (0, 0), (3, 5)),  # fewer pixels than a tile, which sees them in place
+    (64, 16, (1, 1), (1, 1), (0, 0), (7, 7)),
     (16, 17, (1, 1), (2, 2), (0, 0), (9, 8)),
     (16, 24, (1, 3), (1, 1), (0, 1), (1, 50)),
     (16, 32, (1, 2), (1, 2), (0, 1), (1, 33)),
     (7, 65, (5, 3), (2, 1), (4, 2), (6, 9)),
     (2, 3, (2, 2), (1, 1), (5, 5), (1, 1)),
     (256, 16, (3, 3), (1, 1), (1, 1), (40, 20)),  # more than one strip
+    (256, 240, (3, 3), (1, 1), (1, 1), (4, 4)),  # weights of which a core has its part
 ]
 # Those that Winograd's algorithm is for, and tiles of it that hang over the edges of the output.
 LAYERS_3X3 = [layer for layer in LAYERS if layer[2:4] == ((3, 3), (1, 1))] + [

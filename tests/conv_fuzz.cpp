@@ -19,21 +19,23 @@ namespace {
 using namespace ddpm_fast;
 
 ConvShape random_shape(bool winograd) {
-  static const int64_t kChannels[] = {1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 40, 48, 65, 100, 130};
+  static const int64_t kChannels[] = {1,  2,  3,  7,  8,  15, 16,  17, 24,
+                                      31, 32, 40, 48, 64, 65, 100, 130};
   static const int64_t kSizes[] = {1, 2, 3, 4, 7, 9, 14, 25};
   ConvShape shape{};
-  shape.in_channels = kChannels[below(15)];
-  shape.out_channels = kChannels[below(15)];
+  shape.in_channels = kChannels[below(17)];
+  shape.out_channels = kChannels[below(17)];
+  const bool is_1x1 = !winograd && below(4) == 0;  // which is not copied
   for (int i = 0; i < 2; ++i) {
     shape.size[i] = kSizes[below(8)];
-    shape.kernel[i] = winograd ? 3 : 1 + below(3);
-    shape.stride[i] = winograd ? 1 : 1 + below(2);
-    shape.padding[i] = below(3) + (below(8) == 0 ? 3 : 0);
+    shape.kernel[i] = winograd ? 3 : is_1x1 ? 1 : 1 + below(3);
+    shape.stride[i] = winograd || is_1x1 ? 1 : 1 + below(2);
+    shape.padding[i] = is_1x1 ? 0 : below(3) + (below(8) == 0 ? 3 : 0);
     const int64_t missing = shape.kernel[i] - shape.size[i] - 2 * shape.padding[i];
     if (missing > 0) shape.size[i] += missing;
     shape.out_size[i] =
         (shape.size[i] + 2 * shape.padding[i] - shape.kernel[i]) / shape.stride[i] + 1;
-    if (below(4) == 0) shape.out_size[i] += below(3);  // more padding after than before
+    if (!is_1x1 && below(4) == 0) shape.out_size[i] += below(3);  // more padding after than before
   }
   if (below(16) == 0) {  // more than a strip
     shape.in_channels = 256;

@@ -85,6 +85,12 @@ print("in use:", backend.extension.cpu_level())
     assert "in use: baseline" in run.stdout
 
 
+def test_info_says_that_a_level_is_not_there():
+    run = python("from ddpm_fast import info; info.main()", DDPM_FAST_CPU="vax")
+    assert run.returncode == 0 and "backend on cpu" in run.stdout, run.stderr
+    assert run.stdout.count('the CPU level "vax"') == 2
+
+
 def test_without_the_extension_the_reference_is_used_with_one_warning():
     code = """
 import sys, warnings

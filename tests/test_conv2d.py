@@ -111,6 +111,26 @@ def test_tiles_of_float16(amx_level, layer):
     assert (got.double() - want).norm() <= 4e-4 * want.norm()
 
 
+def test_tiles_are_given_back(amx_level):
+    """A thread that keeps them makes each change of threads save them."""
+    if amx_level is None:
+        pytest.skip("this CPU does not count its instructions")
+    torch.set_num_threads(1)
+    for layer in ((32, 32, (1, 1), (1, 1), (0, 0), (2, 2)), LAYERS[1]):
+        x, weight, bias, _ = case(layer, 1, BF16)
+        before = amx_level()["tilerelease"]
+        convolution(layer, x, weight, bias)
+        assert amx_level()["tilerelease"] == before + 1
+
+
+def test_an_upsampling_by_tiles_takes_no_float16(amx_level):
+    weight = torch.zeros(4, ops.pack_conv2d(torch.zeros(6, 4, 2, 2), BF16).numel())
+    x = torch.zeros(1, 4, 3, 3).half().contiguous(memory_format=LAST)
+    for dtype in (BF16, torch.float16):
+        with pytest.raises(RuntimeError, match="x must be float32 or bfloat16"):
+            ops.upsample_conv2d(x, weight.to(dtype), None, 6)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-7, 1.0, 1e8])
 def test_winograds_weights_have_any_size(dtype, size):
     """Also where they are kept as float16."""

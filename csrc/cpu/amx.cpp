@@ -20,8 +20,8 @@ using D = Avx512Bf16Sums;
 constexpr int64_t kLine = 64;  // bytes of a tile's row
 constexpr int64_t kSums = kTileRows * kTileLanes;
 
-// GCC's intrinsics do not say that they read memory.
-DDPM_FAST_INLINE void finish_writing() { asm volatile("" ::: "memory"); }
+// GCC's intrinsics do not say how much they read: what lies at p is to be in memory.
+DDPM_FAST_INLINE void written(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
 
 // The registers as tiles: sums and input of `rows`, weights of all.
 void configure(int64_t rows) {
@@ -37,7 +37,7 @@ void configure(int64_t rows) {
     tiles.row_bytes[i] = kLine;
     tiles.rows[i] = static_cast<uint8_t>(i < kWeights ? rows : kTileRows);
   }
-  finish_writing();
+  written(&tiles);
   _tile_loadconfig(&tiles);
 }
 
@@ -61,7 +61,7 @@ struct AmxRun {
     if (!is_copied) return;
     const int64_t row = layout.out_row;
     layout.copy(args, first / row, begin / row, tiles_of(end, row), memory);
-    finish_writing();
+    written(memory);
   }
 
   // Outputs [begin, end) of the strip from `first` on.
@@ -159,44 +159,64 @@ struct AmxRun {
       bias[lane] =
           args.bias == nullptr ? D::zero() : D::load(args.bias + channel + first, left - first);
     }
-    int64_t x = i % layout.out_row, y = i / layout.out_row % layout.out_rows;
-    int64_t sample = i / layout.out_row / layout.out_rows;
-    for (int64_t row = 0; row < kTileRows && i + row < end; ++row) {
-      if (x < size[1] && y < size[0]) {
-        const int64_t place =
-            sample * args.out_sample + y * args.out_row + x * args.out_pixel + channel;
-        Out* out = static_cast<Out*>(args.out) + place;
-        DDPM_FAST_UNROLL
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const int64_t first = lane * kTileLanes;
-          D::F sum = D::add(D::load(sums[lane] + row * kTileLanes, kTileLanes), bias[lane]);
-          if (args.residual != nullptr) {
-            const Out* residual = static_cast<const Out*>(args.residual) + place;
-            sum = D::add(sum, D::load(residual + first, left - first));
-          }
-          D::store(out + first, sum, left - first);
-        }
+    const int64_t row = layout.out_row, count = end - i < kTileRows ? end - i : kTileRows;
+    for (int64_t done = 0, run; done < count; done += run) {  // of each image row that it sees
+      const int64_t rows = (i + done) / row, x = i + done - rows * row;
+      const int64_t sample = rows / layout.out_rows, y = rows - sample * layout.out_rows;
+      run = row - x < count - done ? row - x : count - done;
+      const int64_t existing = y < size[0] ? size[1] - x < run ? size[1] - x : run : 0;
+      const Pixels<kLanes> pixels{
+          sums[0] + done * kTileLanes, bias, existing, left,
+          sample * args.out_sample + y * args.out_row + x * args.out_pixel + channel};
+      left < kLanes* kTileLanes ? store<false>(pixels) : store<true>(pixels);
+    }
+  }
+
+  template <int kLanes>
+  struct Pixels {
+    const float* sums;  // the lanes are kSums apart
+    const D::F (&bias)[kLanes];
+    int64_t count, channels, place;  // channels: how many there are; place: of the first
+  };
+
+  // kIsFull: all channels of all lanes exist, so that the compiler need not count them.
+  template <bool kIsFull, int kLanes>
+  void store(const Pixels<kLanes>& pixels) const {
+    const float* sums = pixels.sums;
+    Out* out = static_cast<Out*>(args.out) + pixels.place;
+    const Out* residual = static_cast<const Out*>(args.residual);
+    if (residual != nullptr) residual += pixels.place;
+    const int64_t step = args.out_pixel, residual_step = residual == nullptr ? 0 : step;
+    for (int64_t left = pixels.count; left > 0; --left) {
+      DDPM_FAST_UNROLL
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t first = lane * kTileLanes;
+        const int64_t channels = kIsFull ? kTileLanes : pixels.channels - first;
+        D::F sum = D::add(D::load(sums + lane * kSums, kTileLanes), pixels.bias[lane]);
+        if (residual != nullptr) sum = D::add(sum, D::load(residual + first, channels));
+        D::store(out + first, sum, channels);
       }
-      if (++x < layout.out_row) continue;
-      x = 0;
-      if (++y < layout.out_rows) continue;
-      y = 0;
-      ++sample;
+      sums += kTileLanes;
+      out += step;
+      residual += residual_step;
     }
   }
 };
 
-// The range is in outputs of a block: of the first strip's all, block after block, then the next's.
+// The range is in outputs of a part of the blocks: of the first strip's all, part after part, then
+// the next's.
 template <class T, class Out>
 void amx_conv2d(const ConvArgs& args, int64_t begin, int64_t end, void* memory) {
   const AmxRun<T, Out> run(args, memory);
-  const int64_t blocks = tiles_of(args.shape.out_channels, kBlockTiles * kTileLanes);
+  const int64_t parts = amx_parts(args.shape), each = amx_blocks(args.shape) / parts;
   configure(kTileRows);
   each_strip(
-      begin, end, run.outputs(), run.layout.strip(), blocks,
+      begin, end, run.outputs(), run.layout.strip(), parts,
       [&](int64_t first, int64_t from, int64_t to) { run.prepare(first, from, to); },
-      [&](int64_t block, int64_t first, int64_t from, int64_t to) {
-        run.run_block(block, first, from, to);
+      [&](int64_t part, int64_t first, int64_t from, int64_t to) {
+        for (int64_t block = part * each; block < (part + 1) * each; ++block) {
+          run.run_block(block, first, from, to);
+        }
       });
   _tile_release();  // else each change of threads would save the tiles
 }
@@ -213,8 +233,7 @@ constexpr ConvKernels amx_kernels() {
           },
           [](const ConvArgs& args) {
             const AmxLayout<T> layout(args.shape);
-            return tiles_of(args.shape.out_channels, kBlockTiles * kTileLanes) * args.samples *
-                   layout.out_rows * layout.out_row;
+            return amx_parts(args.shape) * args.samples * layout.out_rows * layout.out_row;
           },
           [](const ConvShape& shape) {
             return AmxLayout<T>(shape).strip_elements() * int64_t{sizeof(BFloat16)};

@@ -11,12 +11,26 @@ namespace {
 constexpr int64_t kTileRows = 16, kTileDepth = 32, kTileLanes = 16;
 constexpr int64_t kTileElements = kTileDepth * kTileLanes;
 constexpr int64_t kBlockTiles = 2;  // of output channels, whose sums are made together
-// Of a strip of the input, which stays in the second-level cache beside a block's weights.
-constexpr int64_t kAmxStripBytes = int64_t{1} << 19;
+// Of a strip of the input, and of weights, that stay in a second-level cache of 2 MiB together.
+constexpr int64_t kAmxStripBytes = int64_t{1} << 19, kAmxWeightBytes = int64_t{1} << 20;
 
 constexpr int64_t tiles_of(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
 // See conv_layout.h.
+inline void copy_pixels(const BFloat16* from, int64_t pixels, int64_t channels, int64_t depth,
+                        BFloat16* to) {
+  if (depth == channels) {
+    __builtin_memcpy(to, from, pixels * channels * sizeof *to);
+    return;
+  }
+  for (int64_t i = 0; i < pixels; ++i, from += channels, to += depth) {
+    for (int64_t c = 0; c < depth; c += kTileDepth) {
+      const int64_t left = channels - c;
+      const __mmask32 exist = left < kTileDepth ? (1u << left) - 1 : ~0u;
+      _mm512_storeu_si512(to + c, _mm512_maskz_loadu_epi16(exist, from + c));
+    }
+  }
+}
 inline void copy_pixels(const Float16* from, int64_t pixels, int64_t channels, int64_t depth,
                         BFloat16* to) {
   using D = Avx512Bf16Sums;
@@ -106,7 +120,8 @@ struct AmxLayout {
   }
 
  private:
-  // Of a side of the input, with the larger one of its paddings, so that all outputs have places.
+  // Of a side of the input, with the larger one of its paddings, so that all outputs have places;
+  // it is the same for an upsampling's phases, whose paddings change sides.
   int64_t padded(int side) const {
     const int64_t stride = shape.stride[side], before = shape.padding[side];
     const int64_t used = (shape.out_size[side] - 1) * stride + shape.kernel[side];
@@ -120,6 +135,17 @@ struct AmxLayout {
 inline int64_t packed_amx_elements(const ConvShape& shape) {
   return tiles_of(shape.out_channels, kTileLanes) * shape.kernel[0] * shape.kernel[1] *
          tiles_of(shape.in_channels, kTileDepth) * kTileElements;
+}
+
+inline int64_t amx_blocks(const ConvShape& shape) {
+  return tiles_of(shape.out_channels, kBlockTiles * kTileLanes);
+}
+
+// Into how many parts cores may cut the blocks: one where a core's second-level cache holds all
+// weights, since then each had better copy no more of the input than it needs.
+inline int64_t amx_parts(const ConvShape& shape) {
+  const int64_t bytes = packed_amx_elements(shape) * int64_t{sizeof(BFloat16)};
+  return bytes > kAmxWeightBytes ? amx_blocks(shape) : 1;
 }
 
 // (O, I, kH, kW) as (block, kH, kW, I / kTileDepth, tile of the block), where a tile has pairs of

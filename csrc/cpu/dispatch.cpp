@@ -47,6 +47,7 @@ struct Level {
   const CpuKernels* kernels;
   bool (*available)();
   bool is_proven = true;  // else it is to be asked for by name
+  bool has_tiles = false;
 };
 
 // Best last.
@@ -62,7 +63,7 @@ const Level kLevels[] = {
     {"avx512", &kAvx512Kernels, has_avx512},
 #endif
 #ifdef DDPM_FAST_AMX
-    {"amx", &kAvx512Kernels, has_amx, false},
+    {"amx", &kAvx512Kernels, has_amx, false, true},
 #endif
 };
 
@@ -130,7 +131,7 @@ const ConvKernels* conv_kernels([[maybe_unused]] DType dtype, [[maybe_unused]] b
     return winograd ? &kAvx2Winograd : &kAvx2Conv;
   }
 #ifdef DDPM_FAST_AMX
-  if (!winograd && std::strcmp(cpu_level_name(), "amx") == 0) {
+  if (!winograd && level_in_use().has_tiles) {
     return of_dtype(dtype, &kAvx512Conv, &kAmxBf16Conv, &kAmxFp16Conv);
   }
 #endif

@@ -35,7 +35,8 @@ DDPM_FAST_API void q_sample(const QSampleArgs& args, const ParallelFor& parallel
 DDPM_FAST_API void p_sample_step(const StepArgs& args, const ParallelFor& parallel_for = {});
 
 // The instruction sets in use: baseline, avx2 or avx512, the best that this CPU has, or what the
-// environment variable DDPM_FAST_CPU names. Throws if it names what is not there.
+// environment variable DDPM_FAST_CPU names (here amx is avx512). Throws if it names what is not
+// there.
 DDPM_FAST_API const char* cpu_level();
 
 }  // namespace ddpm_fast
