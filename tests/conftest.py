@@ -2,6 +2,7 @@
 
 import os
 
+import amx_forms
 import numpy as np
 import pytest
 import torch
@@ -57,6 +58,20 @@ def amx_emulator(amx_library):
     """AMX's instructions work during the test; the function tells how many there were of each."""
     with emulated(amx_library) as counts:
         yield counts
+
+
+@pytest.fixture(scope="session")
+def amx_forms_library(amx_library, tmp_path_factory):
+    """The file of amx_forms.py's functions."""
+    return amx_forms.build(tmp_path_factory.mktemp("forms"))
+
+
+@pytest.fixture
+def forms(amx_emulator, amx_forms_library):
+    """These functions; tiles are given back afterwards."""
+    forms = amx_forms.Forms(amx_forms_library)
+    yield forms
+    forms("release")
 
 
 @pytest.fixture

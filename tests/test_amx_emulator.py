@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 import amx
-import amx_forms
 import numpy as np
 import pytest
-from amx_forms import Forms, config
+from amx_forms import config
 
 SMALLEST = np.float64(np.finfo(np.float32).tiny)
-
-
-@pytest.fixture(scope="module")
-def library(amx_library, tmp_path_factory):
-    return amx_forms.build(tmp_path_factory.mktemp("forms"))
-
-
-@pytest.fixture
-def forms(amx_emulator, library):
-    forms = Forms(library)
-    yield forms
-    forms("release")
 
 
 @pytest.fixture

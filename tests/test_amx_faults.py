@@ -26,13 +26,12 @@ INSTALLED = START + "emulator.amx_emulator_install()\n"
 
 
 @pytest.fixture(scope="module")
-def child(amx_library, tmp_path_factory):
+def child(amx_library, amx_forms_library, tmp_path_factory):
     """Runs a script; gives its exit status and what it wrote to standard error."""
     folder = tmp_path_factory.mktemp("faults")
-    forms = amx_forms.build(folder)
 
     def run(script: str) -> tuple[int, str]:
-        command = [sys.executable, "-IS", "-c", script, amx_library._name, forms]
+        command = [sys.executable, "-IS", "-c", script, amx_library._name, amx_forms_library]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         return done.returncode, done.stderr
 

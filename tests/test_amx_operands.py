@@ -10,7 +10,7 @@ import amx
 import amx_forms
 import numpy as np
 import pytest
-from amx_forms import ABSOLUTE, Forms, config
+from amx_forms import ABSOLUTE, config
 from building import ROOT
 
 HALF = 2**21  # of the memory; below its middle is room for a signal's handler, where rsp is a base
@@ -31,18 +31,6 @@ def memory(amx_library):
     assert found == start.value, ctypes.get_errno()
     yield np.frombuffer((ctypes.c_uint8 * (2 * HALF)).from_address(found), np.uint8)
     libc.munmap(start, ctypes.c_size_t(2 * HALF))
-
-
-@pytest.fixture(scope="module")
-def library(amx_library, tmp_path_factory):
-    return amx_forms.build(tmp_path_factory.mktemp("forms"))
-
-
-@pytest.fixture
-def forms(amx_emulator, library):
-    forms = Forms(library)
-    yield forms
-    forms("release")
 
 
 @pytest.fixture

@@ -168,7 +168,11 @@ struct AmxRun {
       const Pixels<kLanes> pixels{
           sums[0] + done * kTileLanes, bias, existing, left,
           sample * args.out_sample + y * args.out_row + x * args.out_pixel + channel};
-      left < kLanes* kTileLanes ? store<false>(pixels) : store<true>(pixels);
+      if (left >= kLanes * kTileLanes) {
+        store<true>(pixels);
+      } else {
+        store<false>(pixels);
+      }
     }
   }
 
