@@ -97,7 +97,7 @@ def _ours(folder: Path, dtype: torch.dtype) -> Engine:
 
 @contextmanager
 def _level(name: str) -> Iterator[None]:
-    before = backend.extension.cpu_level()
+    before = backend.cpu_level()
     backend.extension._set_cpu_level(name, unchecked=True)  # which would take time
     try:
         yield
@@ -105,16 +105,16 @@ def _level(name: str) -> Iterator[None]:
         backend.extension._set_cpu_level(before, unchecked=True)
 
 
-def _by_tiles(folder: Path) -> Engine:
-    """Ours as with DDPM_FAST_CPU=amx, beside what is the default."""
-    with _level("amx"):
+def _at_level(name: str, folder: Path) -> Engine:
+    """Ours as with this DDPM_FAST_CPU, beside what is the default."""
+    with _level(name):
         engine = _ours(folder, BF16)
 
     def at(x: Tensor, t: Tensor) -> Callable[[], Tensor]:
         call = engine(x, t)
 
         def evaluate() -> Tensor:
-            with _level("amx"):
+            with _level(name):
                 return call()
 
         return evaluate
@@ -131,7 +131,8 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
     "ddpm_fast bfloat16": lambda folder: _ours(folder, BF16),
 }
 if backend.is_available() and "amx" in backend.extension.cpu_levels_available():
-    ENGINES["ddpm_fast bfloat16, own AMX"] = _by_tiles
+    ENGINES["ddpm_fast bfloat16, own AMX"] = lambda folder: _at_level("amx", folder)
+    ENGINES["ddpm_fast bfloat16, oneDNN's AMX"] = lambda folder: _at_level("avx512", folder)
 
 
 def ceiling(dtype: torch.dtype) -> Callable[[], Tensor]:

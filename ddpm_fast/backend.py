@@ -18,6 +18,8 @@ from types import ModuleType
 
 import torch
 
+from . import tile_trial
+
 # Backends that are only used where they are asked for by name.
 UNPROVEN = ("cuda", "triton")
 _UNPROVEN_HOW = "never run on a GPU, so to be asked for by name"
@@ -68,16 +70,24 @@ def is_available() -> bool:
     return extension is not None
 
 
+def cpu_level() -> str:
+    """The extension's instruction-set level, once AMX's tiles had their trial."""
+    tile_trial.settle(extension)
+    return extension.cpu_level()
+
+
 def conv_kernels(dtype: torch.dtype) -> str | None:
     """The instruction set of `ops.conv2d` on this CPU, at the level in use; None if it has none."""
     if extension is None or dtype not in (torch.float32, torch.bfloat16):
         return None
+    if dtype == torch.bfloat16:
+        cpu_level()
     return extension.conv_kernels(dtype == torch.bfloat16)
 
 
 def multiplies_tiles(dtype: torch.dtype) -> bool:
     """Whether `ops.conv2d` has AMX, with which Winograd's algorithm is not worth what it costs."""
-    return conv_kernels(dtype) == "amx"
+    return conv_kernels(dtype) == tile_trial.LEVEL
 
 
 def has_attention(dtype: torch.dtype) -> bool:

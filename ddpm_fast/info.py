@@ -11,7 +11,7 @@ from importlib import metadata
 
 import torch
 
-from . import backend, graphs, noise, ops
+from . import backend, graphs, noise, ops, tile_trial
 from .checkpoint import SHIPPED, load_model
 from .device import DTYPES, resolve_dtype
 from .executor import WHOLE
@@ -39,19 +39,16 @@ def _choice(device: str) -> str:
     return f"{name} ({reason})"
 
 
-_AMX = "amx never ran on a CPU that has it, so to be asked for by name (DDPM_FAST_CPU=amx)"
-
-
 def _cpu_levels() -> str:
     if backend.extension is None:
         return "none"
     try:
-        used = backend.extension.cpu_level()
+        used = backend.cpu_level()
     except RuntimeError as error:
         return f"none: {error}"
-    available = backend.extension.cpu_levels_available()
-    unproven = "amx" in available and used != "amx"
-    return f"{', '.join(available)}; in use: {used}" + f"; {_AMX}" * unproven
+    said = tile_trial.verdict()
+    available = ", ".join(backend.extension.cpu_levels_available())
+    return f"{available}; in use: {used}" + f" ({tile_trial.LEVEL}: {said})" * bool(said)
 
 
 def _convolutions(dtype: torch.dtype) -> str:

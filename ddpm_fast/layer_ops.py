@@ -125,7 +125,7 @@ def has_conv2d(dtype: torch.dtype) -> bool:
 
 def is_conv2d_fastest(dtype: torch.dtype) -> bool:
     """Whether there is `conv2d`; and no AMX, with which oneDNN is faster in bfloat16, or our own
-    kernels for it, which are used where they are asked for (DDPM_FAST_CPU=amx)."""
+    kernels for it (tile_trial.py says when)."""
     if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         return has_conv2d(dtype) and multiplies_tiles(dtype)
     return has_conv2d(dtype)

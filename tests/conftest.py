@@ -28,7 +28,7 @@ def extension():
     """The compiled extension; its CPU level and torch's threads are put back afterwards."""
     if backend.extension is None:
         pytest.skip(f"the compiled extension is {backend.extension_error}")
-    before, threads = backend.extension.cpu_level(), torch.get_num_threads()
+    before, threads = backend.cpu_level(), torch.get_num_threads()
     yield backend.extension
     backend.extension._set_cpu_level(before)
     torch.set_num_threads(threads)

@@ -78,11 +78,16 @@ try:
 except RuntimeError as error:
     print(error)
 os.environ["DDPM_FAST_CPU"] = "baseline"
-print("in use:", backend.extension.cpu_level())
+print("in use:", backend.cpu_level(), backend.extension.cpu_level_is_asked_for())
 """
     run = python(code, DDPM_FAST_CPU="vax")
     assert "not available here" in run.stdout, run.stderr
-    assert "in use: baseline" in run.stdout
+    assert "in use: baseline True" in run.stdout
+    run = python(
+        "from ddpm_fast import backend as b; print(b.extension.cpu_level_is_asked_for())",
+        DDPM_FAST_CPU="",
+    )
+    assert run.stdout == "False\n", run.stderr
 
 
 def test_info_says_that_a_level_is_not_there():

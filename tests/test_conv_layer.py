@@ -65,14 +65,6 @@ def test_more_padding_at_the_end_is_the_same_with_every_kernel(monkeypatch, end)
         torch.testing.assert_close(conv(x), want)
 
 
-def test_a_level_that_is_to_be_asked_for_is_named(monkeypatch, extension):
-    extension._set_cpu_level("baseline")
-    for levels in (["baseline", "avx512"], ["baseline", "avx512", "amx"]):
-        monkeypatch.setattr(extension, "cpu_levels_available", lambda levels=levels: levels)
-        said = dict(info.report())["CPU levels here"]
-        assert ("DDPM_FAST_CPU=amx" in said) == ("amx" in levels)
-
-
 def test_without_the_extension_there_is_none(monkeypatch):
     monkeypatch.setattr(backend, "extension", None)
     for dtype in (F32, BF16):
