@@ -49,8 +49,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of ddpm_fast; importing it registers torch.ops.ddpm_fast.";
   m.def("build_config", &build_config, "What was compiled into this module.");
   m.def("cpu_level", &cpu_level_name, "The instruction-set level in use.");
-  m.def("cpu_level_is_asked_for", &cpu_level_is_asked_for,
-        "Whether DDPM_FAST_CPU, or `_set_cpu_level`, says which level is in use.");
   m.def(
       "cpu_levels_available", [] { return levels(true); },
       "The compiled levels that this CPU has, best last.");

@@ -115,8 +115,6 @@ const AttentionKernels* attention_kernels(DType dtype);
 // not there. amx is avx512 with convolutions of bfloat16 by tiles.
 const CpuKernels& cpu_kernels();
 const char* cpu_level_name();
-// Whether the level is what the variable, or `set_cpu_level`, says.
-bool cpu_level_is_asked_for();
 // Likewise, from now on; unchecked, also where an emulator is to do what the CPU cannot. What was
 // packed at one level is not to be used at another.
 void set_cpu_level(const char* name, bool unchecked = false);

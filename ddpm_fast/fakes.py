@@ -109,7 +109,8 @@ def register() -> None:
         half=False,
     ):
         _require_one_device(x, weight, bias, residual)
-        takes_half = winograd or multiplies_tiles(torch.bfloat16)
+        is_half = x.dtype == torch.float16
+        takes_half = winograd or (is_half and multiplies_tiles(torch.bfloat16))
         _require_image("x", x, *LAYER_DTYPES, *(torch.float16,) * takes_half)
         _require_pair("kernel_size", kernel_size)
         _require_pair("stride", stride)
@@ -125,7 +126,7 @@ def register() -> None:
             f"x, {tuple(x.shape)}, must be as large as the kernel, with its padding.",
         )
         size = [room[i] // stride[i] + 1 for i in range(2)]
-        dtype = torch.bfloat16 if x.dtype == torch.float16 and not half else x.dtype
+        dtype = torch.bfloat16 if is_half and not half else x.dtype
         out = x.new_empty((x.shape[0], out_channels, *size), dtype=dtype)
         out = out.to(memory_format=torch.channels_last)
         if residual is not None:

@@ -49,8 +49,8 @@ def require_packing(found: object, wanted: object) -> None:
     """RuntimeError where a network's file was made with other layers, or packed weights."""
     if found != wanted:
         raise RuntimeError(
-            "this network was prepared for another CPU or by another ddpm_fast, whose packed "
-            "weights lie in another order: prepare the model anew"
+            "this network was prepared for another CPU or by another ddpm_fast, or with another "
+            "DDPM_FAST_CPU, whose packed weights lie in another order: prepare the model anew"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backend as backends
-from . import fused, fused_cuda
+from . import fused, fused_cuda, ops
 from .device import give_back_freed_memory, keep_freed_memory, memory_format, with_index
 from .fused import CpuLayers
 from .fused_blocks import FusedResampler, FusedResBlock, FusedStage, Layers, fits_half
@@ -192,6 +192,15 @@ class FusedUNet(Layer):
 def unfused(network: nn.Module) -> list[str]:
     """The names of the layers that run as PyTorch's ordinary operators."""
     return [name for name, m in network.named_modules() if not getattr(m, "is_fused", True)]
+
+
+def convolutions(dtype: torch.dtype) -> str:
+    """Whose convolutions a network has that is prepared for a CPU."""
+    if ops.is_conv2d_fastest(dtype):
+        return f"own ({backends.conv_kernels(dtype)})"
+    if dtype == torch.bfloat16 and ops.has_conv2d(dtype):
+        return f"oneDNN's; at the network's ends own ({backends.conv_kernels(dtype)})"
+    return "oneDNN's"
 
 
 def _layers(device: torch.device, dtype: torch.dtype, backend: str) -> Layers | None:

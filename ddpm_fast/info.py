@@ -11,12 +11,12 @@ from importlib import metadata
 
 import torch
 
-from . import backend, graphs, noise, ops, tile_trial
+from . import backend, graphs, noise, tile_trial
 from .checkpoint import SHIPPED, load_model
 from .device import DTYPES, resolve_dtype
 from .executor import WHOLE
 from .fused import CpuLayers
-from .inference import FusedUNet, unfused
+from .inference import FusedUNet, convolutions, unfused
 from .sampler import STEPS_PER_GRAPH
 from .unet import UNet
 from .unet_config import UNetConfig
@@ -51,15 +51,6 @@ def _cpu_levels() -> str:
     return f"{available}; in use: {used}" + f" ({tile_trial.LEVEL}: {said})" * bool(said)
 
 
-def _convolutions(dtype: torch.dtype) -> str:
-    """Whose convolutions a prepared network has on this CPU."""
-    if ops.is_conv2d_fastest(dtype):
-        return f"own ({backend.conv_kernels(dtype)})"
-    if dtype == torch.bfloat16 and ops.has_conv2d(dtype):
-        return f"oneDNN's; at the network's ends own ({backend.conv_kernels(dtype)})"
-    return "oneDNN's"
-
-
 def _networks() -> list[tuple[str, str]]:
     """Of the shipped models and of Ho et al.'s, how many layers run as PyTorch's own operators."""
     with torch.device("meta"):
@@ -89,7 +80,7 @@ def _prepared() -> list[tuple[str, str]]:
     except backend.BackendError:
         return []
     kinds = ("float32", "bfloat16")
-    return [(f"{name} convolutions", _convolutions(DTYPES[name])) for name in kinds] + _networks()
+    return [(f"{name} convolutions", convolutions(DTYPES[name])) for name in kinds] + _networks()
 
 
 def _gpu_network() -> str:

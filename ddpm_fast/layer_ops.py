@@ -139,6 +139,7 @@ def pack_conv2d(weight: Tensor, dtype: torch.dtype, winograd: bool = False) -> T
     """
     _require_extension()
     refuse_grad("pack_conv2d", weight)
+    conv_kernels(dtype)  # settles whose order it is
     return torch.ops.ddpm_fast.pack_conv2d.default(weight, dtype, winograd)
 
 

@@ -12,7 +12,7 @@ import torch
 from . import __version__, noise
 from .checkpoint import Model
 from .device import device_name
-from .inference import FusedUNet
+from .inference import FusedUNet, convolutions
 from .sampler import Sampler
 
 NAME = "run.json"
@@ -43,12 +43,15 @@ def make_record(
         "noise_contract": noise.VERSION,
         "dtype": str(sampler.dtype).removeprefix("torch."),
     }
+    is_fused = isinstance(sampler.network, FusedUNet)
+    on_cpu = is_fused and sampler.device.type == "cpu"
     environment = {
         "batch_size": settings["batch_size"],
         "backend": sampler.backend,
         "backend_reason": sampler.backend_reason,
         "graphs": sampler.graphs,
-        "fused_network": isinstance(sampler.network, FusedUNet),
+        "fused_network": is_fused,
+        "convolutions": convolutions(sampler.dtype) if on_cpu else None,
         "device": sampler.device.type,
         "device_name": device_name(sampler.device),
         "threads": torch.get_num_threads(),

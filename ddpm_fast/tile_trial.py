@@ -1,38 +1,61 @@
-"""Whether bfloat16 networks multiply by AMX's tiles, which the CPU itself decides in a trial.
+"""Whether bfloat16 networks multiply by AMX's tiles, which is tried on the CPU itself.
 
-Our own kernels for them ran on an emulator of the instructions alone: their sums are checked there,
-but not on every CPU, and nobody timed them. So on a CPU that has tiles, before the first bfloat16
-convolution is packed, some are computed by them and by PyTorch, and one is timed against oneDNN's,
-which a network has otherwise. It takes some 20 ms, once a process. DDPM_FAST_CPU leaves it out.
+Our own kernels for tiles ran on an emulator of the instructions alone. So on a CPU that has them,
+before a process packs its first bfloat16 convolution, a few sums are made by tiles and by PyTorch,
+and one convolution is timed against oneDNN's, which a network has otherwise. DDPM_FAST_CPU decides
+without it.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 LEVEL = "amx"
-# How much slower than oneDNN's they may be: their errors are smaller, calls of small layers cost
-# less, and two processes had better not decide differently because of noise.
-SLOWEST = 1.15
-ROUNDS, CALLS = 7, 3
-# (in channels, out channels, kernel, stride, padding, size, dtype of x), the timed one first: rows
-# that are copied, and read where they are; tiles that are not full; x that is rounded.
-LAYERS = (
-    (256, 256, 3, 1, 1, (16, 16), torch.bfloat16),
-    (64, 48, 1, 1, 0, (5, 7), torch.bfloat16),
-    (40, 24, 3, 2, 1, (9, 8), torch.float16),
-)
+# How much slower than oneDNN's they may be. Only what went wrong is so slow: a choice near the
+# speeds to be expected would differ from process to process, and with it last bits; and our errors
+# are smaller.
+SLOWEST = 1.5
+ROUNDS, CALLS = 8, 3
+_BF16, _F16 = torch.bfloat16, torch.float16
+_own, _onednn = torch.ops.ddpm_fast, torch.ops.mkldnn
 
-_lock = threading.RLock()  # the layers of a trial ask which level is in use
+
+class Layer(NamedTuple):
+    """A convolution without bias; padding keeps the size."""
+
+    in_channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    size: tuple[int, int]
+    dtype: torch.dtype  # of x
+
+    @property
+    def place(self) -> tuple[list[int], list[int]]:
+        """(stride, padding)."""
+        return [self.stride] * 2, [self.kernel // 2] * 2
+
+
+TIMED = Layer(256, 256, 3, 1, (16, 16), _F16)
+# x that is copied and rounded, also with stride; x that is read where it is, and a last tile of it
+# that is not full.
+CHECKED = (TIMED, Layer(40, 24, 3, 2, (9, 8), _F16), Layer(64, 48, 1, 1, (5, 7), _BF16))
+SAMPLES = 3
+
+_lock = threading.Lock()
+_is_settled = False
 _verdict = ""
 
 
@@ -42,81 +65,98 @@ def verdict() -> str:
 
 
 def settle(extension: ModuleType) -> None:
-    """Choose the level, unless that was done, or it is asked for, or the CPU has no tiles."""
-    global _verdict
+    """Choose the extension's level, once a process."""
+    global _is_settled, _verdict
+    if _is_settled:
+        return
+    warning = ""
     with _lock:
-        if extension.cpu_level_is_asked_for() or LEVEL not in extension.cpu_levels_available():
+        if _is_settled:
             return
-        chosen = before = extension.cpu_level()
+        levels = extension.cpu_levels_available()
+        if LEVEL in levels and not os.environ.get("DDPM_FAST_CPU"):
+            extension._set_cpu_level(LEVEL)
+            try:
+                is_fit, _verdict, warning = _in_a_thread(_attempt)
+            except Exception as error:
+                is_fit, _verdict, warning = False, "its trial failed", f"had no trial ({error})"
+            if not is_fit:
+                extension._set_cpu_level(levels[levels.index(LEVEL) - 1])
+        _is_settled = True
+    if warning:
+        warnings.warn(
+            f"the kernels for AMX {warning}, so oneDNN's are used: please report it", stacklevel=3
+        )
+
+
+def _in_a_thread(function: Callable[[], tuple[bool, str, str]]) -> tuple[bool, str, str]:
+    """Its result, away from this thread's modes: autocast, inference, fake tensors, a device."""
+    results: list[tuple[bool, str, str] | Exception] = []
+
+    def run() -> None:
         try:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                is_fit, _verdict = attempt(extension, before)
-            chosen = LEVEL if is_fit else before
-        finally:
-            extension._set_cpu_level(chosen)
+            results.append(function())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
 
 
-def attempt(extension: ModuleType, other: str) -> tuple[bool, str]:
-    """Whether tiles are to be used, and why; a warning where their sums are wrong.
-
-    other: the level without them. The level in use is left changed.
-    """
+@torch.no_grad()
+def _attempt() -> tuple[bool, str, str]:
+    """Whether to use tiles; why; and what to warn of. The level in use has them."""
     generator = torch.Generator().manual_seed(0)
-    timed = None
-    for shape in LAYERS:
-        weight, bias, x = _case(*shape, generator)
-        calls = []
-        for level in (other, LEVEL):
-            extension._set_cpu_level(level, unchecked=True)
-            calls.append(_call(shape, weight, bias, x))
-        error = _error(calls[1](), _formula(shape, weight, bias, x))
+    for layer in CHECKED:
+        weight, x = _case(layer, generator)
+        error = _error(_by_tiles(layer, weight)(x), _formula(layer, weight, x))
         if not error <= 1.0:
-            warnings.warn(
-                f"the AMX kernels give wrong sums on this CPU ({error:.3g} times the bound of "
-                "their error), so oneDNN's are used: please report it",
-                stacklevel=2,
+            return (
+                False,
+                "wrong sums in a trial",
+                f"give wrong sums ({error:.3g} times their bound)",
             )
-            return False, "wrong sums in a trial"
-        timed = timed or calls
-    theirs, ours = _fastest(timed)
-    return ours <= SLOWEST * theirs, f"{theirs / ours:.2f} times oneDNN's speed in a trial"
+    if not torch.backends.mkldnn.is_available():
+        return True, "right sums in a trial", ""
+    weight, x = _case(TIMED, generator)
+    # A sample for each core; tiles take float16 in a network, oneDNN's bfloat16.
+    x = x[:1].repeat(max(2, torch.get_num_threads()), 1, 1, 1)
+    x = x.contiguous(memory_format=torch.channels_last)
+    ours = partial(_by_tiles(TIMED, weight), x)
+    theirs = partial(_by_onednn(TIMED, weight, x), x.to(_BF16))
+    seconds, others = _fastest([ours, theirs])
+    said = f"{others / seconds:.2f} times oneDNN's speed in a trial"
+    return seconds <= SLOWEST * others, said, ""
 
 
-def _case(
-    in_channels: int,
-    out_channels: int,
-    kernel: int,
-    stride: int,
-    padding: int,
-    size: tuple[int, int],
-    dtype: torch.dtype,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer's weight and bias, and an x of at least a sample for each core; results about 1."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-
-    weight = normal(out_channels, in_channels, kernel, kernel) / math.sqrt(in_channels * kernel**2)
-    x = normal(max(2, torch.get_num_threads()), in_channels, *size).to(dtype)
-    return weight, normal(out_channels), x.contiguous(memory_format=torch.channels_last)
+def _case(layer: Layer, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Weight and x; results are about 1."""
+    shape = (layer.out_channels, layer.in_channels, layer.kernel, layer.kernel)
+    normal = partial(torch.randn, generator=generator, dtype=torch.float32)
+    weight = normal(shape) / math.sqrt(math.prod(shape[1:]))
+    x = normal((SAMPLES, layer.in_channels, *layer.size)).to(layer.dtype)
+    return weight, x.contiguous(memory_format=torch.channels_last)
 
 
-def _call(shape: tuple, weight: Tensor, bias: Tensor, x: Tensor) -> Callable[[], Tensor]:
-    """The layer that a network has at the level in use."""
-    from .fused import Conv
-
-    _, _, _, stride, padding, size, _ = shape
-    layer = Conv(weight, bias, torch.bfloat16, size, (padding,) * 2, (stride,) * 2)
-    if not layer.takes_half:
-        x = x.to(torch.bfloat16)
-    return lambda: layer(x)
+def _by_tiles(layer: Layer, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    packed = _own.pack_conv2d.default(weight, _BF16, False)
+    rest = layer.out_channels, [layer.kernel] * 2, *layer.place, False, False
+    return lambda x: _own.conv2d.default(x, packed, None, None, *rest)
 
 
-def _formula(shape: tuple, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    _, _, _, stride, padding, _, _ = shape
-    x, weight = (v.to(torch.bfloat16).float() for v in (x, weight))
-    return F.conv2d(x, weight, bias, stride, padding)
+def _by_onednn(layer: Layer, weight: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
+    stride, padding = layer.place
+    place = padding, stride, [1, 1], 1
+    packed = _onednn._reorder_convolution_weight(weight.to(_BF16), *place, list(x.shape))
+    return lambda x: _onednn._convolution_pointwise(x, packed, None, *place, "none", [], "")
+
+
+def _formula(layer: Layer, weight: Tensor, x: Tensor) -> Tensor:
+    return F.conv2d(x.to(_BF16).float(), weight.to(_BF16).float(), None, *layer.place)
 
 
 def _error(got: Tensor, want: Tensor) -> float:
@@ -134,3 +174,13 @@ def _fastest(calls: list[Callable[[], Tensor]]) -> list[float]:
                 call()
             least[i] = min(least[i], time.perf_counter() - start)
     return least
+
+
+def _forget_lock() -> None:
+    """In a child of a process whose trial was under way: its thread is not here."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_lock)

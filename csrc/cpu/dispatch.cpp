@@ -68,7 +68,6 @@ const Level kLevels[] = {
 };
 
 std::atomic<const Level*> current{nullptr};
-std::atomic<bool> is_asked_for{false};
 
 const Level* best() {
   const Level* found = nullptr;
@@ -94,9 +93,7 @@ const Level& level_in_use() {
   const Level* level = current.load(std::memory_order_acquire);
   if (level == nullptr) {
     const char* wanted = std::getenv("DDPM_FAST_CPU");
-    const bool is_named = wanted != nullptr && *wanted != '\0';
-    level = is_named ? named(wanted) : best();
-    if (is_named) is_asked_for.store(true, std::memory_order_release);
+    level = wanted != nullptr && *wanted != '\0' ? named(wanted) : best();
     current.store(level, std::memory_order_release);
   }
   return *level;
@@ -118,10 +115,6 @@ const Kernels* of_dtype(DType dtype, const Kernels* float32, const Kernels* bflo
 
 const CpuKernels& cpu_kernels() { return *level_in_use().kernels; }
 const char* cpu_level_name() { return level_in_use().name; }
-bool cpu_level_is_asked_for() {
-  level_in_use();
-  return is_asked_for.load(std::memory_order_acquire);
-}
 
 GroupNormKernel group_norm_kernel([[maybe_unused]] DType dtype) {
 #ifdef DDPM_FAST_X86
@@ -159,7 +152,6 @@ const AttentionKernels* attention_kernels([[maybe_unused]] DType dtype) {
 
 void set_cpu_level(const char* name, bool unchecked) {
   current.store(named(name, unchecked), std::memory_order_release);
-  is_asked_for.store(true, std::memory_order_release);
 }
 
 int cpu_levels(const char* names[kCpuLevels], bool available_only) {
