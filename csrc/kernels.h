@@ -98,6 +98,7 @@ GroupNormKernel group_norm_kernel(DType dtype);
 
 // Attention of one dtype.
 struct AttentionKernels {
+  int64_t grain;  // products that are worth a thread
   int64_t (*memory_bytes)(const AttentionArgs&);
   // The range is in queries, [0, samples * heads * positions), and may be cut anywhere.
   void (*attention)(const AttentionArgs&, int64_t begin, int64_t end, void* memory);
@@ -112,7 +113,7 @@ const AttentionKernels* attention_kernels(DType dtype);
 
 // The level in use: DDPM_FAST_CPU (baseline, avx2, avx512, amx), else the best that this CPU has
 // and that was run on such CPUs. Throws std::runtime_error if the variable asks for a level that is
-// not there. amx is avx512 with convolutions of bfloat16 by tiles.
+// not there. amx is avx512 with convolutions and attention of bfloat16 by tiles.
 const CpuKernels& cpu_kernels();
 const char* cpu_level_name();
 // Likewise, from now on; unchecked, also where an emulator is to do what the CPU cannot. What was
@@ -129,7 +130,7 @@ extern const ConvKernels kAvx2Conv, kAvx2Winograd;
 extern const ConvKernels kAvx512Conv, kAvx512Winograd;
 extern const ConvKernels kAvx512Bf16Conv, kAvx512Bf16Winograd, kAvx512Fp16Winograd;
 extern const ConvKernels kAmxBf16Conv, kAmxFp16Conv;
-extern const AttentionKernels kAvx512Attention, kAvx512Bf16Attention;
+extern const AttentionKernels kAvx512Attention, kAvx512Bf16Attention, kAmxBf16Attention;
 
 // Launchers; each returns cudaError_t. A bad row of a step leaves its sample as it was and sets the
 // status; a bad timestep makes its sample NaN.

@@ -46,7 +46,7 @@ Tensor attention(Tensor query, Tensor key, Tensor value, int64_t heads) {
   args.out = out.mutable_data_ptr();
   if (out.numel() == 0) return out;
   const int64_t each = 2 * args.positions * args.channels;
-  run_with_memory(args.samples * heads * args.positions, kGrainProducts / each + 1,
+  run_with_memory(args.samples * heads * args.positions, kernels->grain / each + 1,
                   kernels->memory_bytes(args), [&](int64_t begin, int64_t end, void* memory) {
                     kernels->attention(args, begin, end, memory);
                   });

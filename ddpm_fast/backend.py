@@ -86,7 +86,8 @@ def conv_kernels(dtype: torch.dtype) -> str | None:
 
 
 def multiplies_tiles(dtype: torch.dtype) -> bool:
-    """Whether `ops.conv2d` has AMX, with which Winograd's algorithm is not worth what it costs."""
+    """Whether `ops.conv2d` and `ops.attention` have AMX, with which Winograd's algorithm is not
+    worth what it costs."""
     return conv_kernels(dtype) == tile_trial.LEVEL
 
 

@@ -194,10 +194,11 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, out_channels
 
 def is_attention_fastest(dtype: torch.dtype) -> bool:
     """Whether the backend is "cpu" and this CPU has `attention`; and no AMX, with which torch's is
-    faster in bfloat16."""
+    faster in bfloat16, or our own kernels for it, see `is_conv2d_fastest`."""
+    is_there = resolve_backend("cpu")[0] == "cpu" and has_attention(dtype)
     if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        return False
-    return resolve_backend("cpu")[0] == "cpu" and has_attention(dtype)
+        return is_there and multiplies_tiles(dtype)
+    return is_there
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1) -> Tensor:
@@ -206,10 +207,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1) -> Tens
 
     query, key, value: (N, C, H, W), float32 or bfloat16, channels_last, or as many neighbouring
     channels of such a tensor. Returns (N, C, H, W) in their dtype, channels_last. Scores and sums
-    are float32; softmax's weights are rounded to the dtype. A sample's bits depend on the sample
-    alone, and only the scores of a few queries are kept. No gradients. Raises RuntimeError where an
-    argument is not so, and on a CPU without AVX-512, or without AVX512-BF16 for bfloat16;
-    BackendError without the compiled extension.
+    are float32; softmax's weights are rounded to the dtype. In bfloat16 at the level amx
+    (tile_trial.py) tiles make both products. A sample's bits depend on the sample alone, and only
+    the scores of a few queries are kept. No gradients. Raises RuntimeError where an argument is not
+    so, and on a CPU without AVX-512, or without AVX512-BF16 for bfloat16; BackendError without the
+    compiled extension.
     """
     _require_extension()
     refuse_grad("attention", query, key, value)

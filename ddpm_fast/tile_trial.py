@@ -1,9 +1,9 @@
 """Whether bfloat16 networks multiply by AMX's tiles, which is tried on the CPU itself.
 
 Our own kernels for tiles ran on an emulator of the instructions alone. So on a CPU that has them,
-before a process packs its first bfloat16 convolution, a few sums are made by tiles and by PyTorch,
-and one convolution is timed against oneDNN's, which a network has otherwise. DDPM_FAST_CPU decides
-without it.
+before a process packs its first bfloat16 convolution, some convolutions and attention are computed
+by tiles and by PyTorch, and one is timed against oneDNN's, which a network has otherwise.
+DDPM_FAST_CPU decides without it.
 """
 
 from __future__ import annotations
@@ -111,10 +111,8 @@ def _in_a_thread(function: Callable[[], tuple[bool, str, str]]) -> tuple[bool, s
 def _attempt() -> tuple[bool, str, str]:
     """Whether to use tiles; why; and what to warn of. The level in use has them."""
     generator = torch.Generator().manual_seed(0)
-    for layer in CHECKED:
-        weight, x = _case(layer, generator)
-        error = _error(_by_tiles(layer, weight)(x), _formula(layer, weight, x))
-        if not error <= 1.0:
+    for check in (*(partial(_convolution_error, layer) for layer in CHECKED), _attention_error):
+        if not (error := check(generator)) <= 1.0:
             return (
                 False,
                 "wrong sums in a trial",
@@ -155,13 +153,39 @@ def _by_onednn(layer: Layer, weight: Tensor, x: Tensor) -> Callable[[Tensor], Te
     return lambda x: _onednn._convolution_pointwise(x, packed, None, *place, "none", [], "")
 
 
+def _convolution_error(layer: Layer, generator: torch.Generator) -> float:
+    weight, x = _case(layer, generator)
+    return _error(_by_tiles(layer, weight)(x), _formula(layer, weight, x))
+
+
+def _attention_error(generator: torch.Generator) -> float:
+    """Two heads; neither channels nor positions fill tiles. Weights are rounded, too."""
+    heads, channels, size = 2, 40, (7, 7)
+    values = torch.randn(
+        SAMPLES, 3 * heads * channels, *size, generator=generator, dtype=torch.float32
+    )
+    values = values.mul_(0.5).to(_BF16).contiguous(memory_format=torch.channels_last)
+    got = _own.attention.default(*values.chunk(3, 1), heads)
+    q, k, v = (x.flatten(2).unflatten(1, (heads, -1)).mT for x in values.float().chunk(3, 1))
+    want, size = (_attention(q, k, x).mT.reshape(got.shape) for x in (v, v.abs()))
+    return _error(got, want, size)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (query @ key.mT).softmax(-1) @ value
+
+
 def _formula(layer: Layer, weight: Tensor, x: Tensor) -> Tensor:
     return F.conv2d(x.to(_BF16).float(), weight.to(_BF16).float(), None, *layer.place)
 
 
-def _error(got: Tensor, want: Tensor) -> float:
-    """By its bound, that of a rounding to bfloat16 and of float32 sums; a NaN if there is one."""
-    return float(((got.float() - want).abs() / (2**-8 * want.abs() + 1e-4)).max())
+def _error(got: Tensor, want: Tensor, rounded: Tensor | float = 0.0) -> float:
+    """By its bound, that of a rounding to bfloat16 and of float32 sums; a NaN if there is one.
+
+    rounded: what was rounded before.
+    """
+    bound = 2**-8 * (want.abs() + rounded) + 1e-4
+    return float(((got.float() - want).abs() / bound).max())
 
 
 def _fastest(calls: list[Callable[[], Tensor]]) -> list[float]:

@@ -8,6 +8,7 @@
 
 #include "../csrc/kernels.h"
 #include "fuzz_elements.h"
+#include "fuzz_levels.h"
 
 namespace {
 
@@ -51,12 +52,12 @@ double expected(const AttentionArgs& args, int64_t n, int64_t channel, int64_t i
 // rounding: to a T.
 template <class T>
 void fuzz_case(const AttentionKernels& kernels, double rounding) {
-  static const int64_t kChannels[] = {1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 40, 48, 65};
+  static const int64_t kChannels[] = {1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 32, 40, 48, 64, 65};
   static const int64_t kPositions[] = {1, 2, 3, 7, 16, 20, 33, 49, 50, 64, 97, 150};
   AttentionArgs args{};
   args.samples = 1 + below(3);
   args.heads = 1 + below(3);
-  args.channels = kChannels[below(13)];
+  args.channels = kChannels[below(15)];
   args.positions = kPositions[below(12)];
   const int64_t all = args.heads * args.channels, parts = below(2) ? 3 : 1;
   const int64_t in = args.samples * args.positions * all;
@@ -91,16 +92,21 @@ void fuzz_case(const AttentionKernels& kernels, double rounding) {
   }
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  const int cases = argc > 1 ? std::atoi(argv[1]) : 1000;
-  generator.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
+// Of the level in use, of each dtype that has kernels.
+void fuzz_level(const char* name, int cases) {
   const AttentionKernels* f32 = attention_kernels(DType::kFloat32);
   const AttentionKernels* bf16 = attention_kernels(DType::kBFloat16);
   for (int i = 0; i < cases; ++i) {
     if (f32 != nullptr) fuzz_case<float>(*f32, 0x1p-24);
     if (bf16 != nullptr) fuzz_case<BFloat16>(*bf16, 0x1p-8);
   }
-  std::printf("%d cases of each dtype that has kernels agree\n", cases);
+  std::printf("%s: %d cases of each dtype that has kernels agree\n", name, cases);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 1000;
+  generator.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
+  each_level(cases, fuzz_level);
 }

@@ -5,14 +5,11 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <vector>
 
 #include "../csrc/kernels.h"
 #include "fuzz_elements.h"
-
-extern "C" void amx_emulator_install();
-extern "C" void amx_emulator_remove();
+#include "fuzz_levels.h"
 
 namespace {
 
@@ -170,18 +167,5 @@ void fuzz_level(const char* name, int cases) {
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 1000;
   generator.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
-  const char* names[kCpuLevels];
-  const int count = cpu_levels(names, true);
-  for (int level = 0; level < count; ++level) {
-    set_cpu_level(names[level]);
-    fuzz_level(names[level], cases);
-  }
-#ifdef DDPM_FAST_AMX
-  if (std::strcmp(names[count - 1], "avx512") == 0 && conv_kernels(DType::kBFloat16, false)) {
-    amx_emulator_install();
-    set_cpu_level("amx", true);
-    fuzz_level("amx, emulated", cases / 10 + 1);
-    amx_emulator_remove();
-  }
-#endif
+  each_level(cases, fuzz_level);
 }

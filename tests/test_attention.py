@@ -21,15 +21,21 @@ SHAPES = [
     (9, (1, 50), 3),
     (6, (1, 1), 2),
     (1, (1, 3), 1),
-    (16, (40, 30), 2),
+    (16, (24, 25), 2),
 ]
 
 
-@pytest.fixture(params=[F32, BF16], ids=str)
+@pytest.fixture(params=[(F32, ""), (BF16, "avx512"), (BF16, "amx")], ids=str)
 def dtype(request, extension):
-    if not backend.has_attention(request.param):
+    """The dtype of the kernels of a level, which is in use."""
+    dtype, level = request.param
+    if level == "amx":
+        request.getfixturevalue("amx_level")
+    elif level in extension.cpu_levels_available():
+        extension._set_cpu_level(level)
+    if not backend.has_attention(dtype):
         pytest.skip("this CPU has no AVX-512 for it")
-    return request.param
+    return dtype
 
 
 def case(shape, n, dtype, seed=0):
@@ -59,6 +65,23 @@ def test_it_is_attention(dtype, shape):
         assert got.dtype == dtype and got.is_contiguous(memory_format=LAST)
         assert got.shape == want.shape
         assert ((got.double() - want).abs() <= rounding * (want.abs() + size) + 2e-5 * size).all()
+
+
+@pytest.mark.parametrize(
+    "shape,products",
+    [
+        ((256, (16, 16), 1), 16 * 16 * 8 + 16 * 16 * 8),
+        ((96, (7, 7), 1), 4 * 4 * 3 + 4 * 6 * 2),
+        ((40, (4, 4), 2), 2 * (1 * 1 * 1 + 1 * 2 * 1)),
+    ],
+)
+def test_both_products_are_of_tiles_which_are_given_back(shape, products, amx_level):
+    """Of 16 queries, 16 positions and 32 channels; 16 queries, 16 channels and 32 positions."""
+    if amx_level is None:
+        pytest.skip("this CPU does not count its instructions")
+    torch.set_num_threads(1)
+    ops.attention(*case(shape, 1, BF16), shape[2])
+    assert amx_level()["tdpbf16ps"] == products and amx_level()["tilerelease"] == 1
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -143,9 +166,10 @@ def test_a_lower_level_has_none(extension):
             ops.attention(x, x, x)
 
 
-def test_where_it_is_fastest(dtype, monkeypatch):
+def test_where_it_is_fastest(dtype, extension, monkeypatch):
     for has_amx in (False, True):
         monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
-        assert ops.is_attention_fastest(dtype) == (dtype == F32 or not has_amx)
+        wanted = dtype == F32 or not has_amx or extension.cpu_level() == "amx"
+        assert ops.is_attention_fastest(dtype) == wanted
     monkeypatch.setattr(backend, "extension", None)
     assert not ops.is_attention_fastest(dtype)

@@ -57,13 +57,15 @@ def test_random_weights(weights, seed, convolutions):
 
 
 @pytest.mark.parametrize("weights,most", [(with_unit_gain, 1.1e-2), (randomized, 1.0e-2)])
-def test_random_weights_with_amx(weights, most, amx_level):
+def test_random_weights_with_amx(weights, most, amx_level, monkeypatch):
     """One sample, which takes an emulator long enough."""
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
     unet = weights(CONFIG, 0)
     x, _, _ = inputs(CONFIG, 1, 1)
     network, want = prepare(unet, CPU, BF16), run(unet, F32, x, T[3:4])
     assert unfused(network) == [] and network.is_own
     assert network.down[0].block.conv1.packing[1] == "amx"
+    assert network.down[2].attention.attend.is_own
     assert error(network(x, T[3:4]).double(), want) < most
 
 

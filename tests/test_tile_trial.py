@@ -81,7 +81,7 @@ def test_the_trial_is_one_for_all_threads(monkeypatch, fresh):
     assert seen == ["amx"] * 4 and attempts == [1]
 
 
-@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("part", [0, 1, 2, "attention"])
 def test_wrong_sums_are_told_and_not_used(monkeypatch, fresh, part):
     formula, calls = tile_trial._formula, []
 
@@ -92,10 +92,14 @@ def test_wrong_sums_are_told_and_not_used(monkeypatch, fresh, part):
             want[-1, -1, -1, -1] += 0.02 * want.abs().max()
         return want
 
-    monkeypatch.setattr(tile_trial, "_formula", other)
+    if part == "attention":
+        monkeypatch.setattr(tile_trial, "_attention", lambda q, k, v: (q @ k.mT).softmax(-2) @ v)
+    else:
+        monkeypatch.setattr(tile_trial, "_formula", other)
     with pytest.warns(UserWarning, match="kernels for AMX give wrong sums"):
         assert backend.conv_kernels(BF16) == "avx512_bf16"
     assert fresh.cpu_level() == "avx512" and not ops.is_conv2d_fastest(BF16)
+    assert not ops.is_attention_fastest(BF16)
     assert "in use: avx512 (amx: wrong sums in a trial)" in dict(info.report())["CPU levels here"]
 
 

@@ -1,45 +1,18 @@
 // AMX with BF16: convolutions of bfloat16 as products of tiles.
 //
-// A tile holds 16 rows of 64 bytes. One of the input is 32 channels of the 16 pixels that a tap of
-// the kernel sees at 16 neighbouring outputs, which are rows of memory at one distance (see
-// amx_layout.h); times a tile of weights it adds to the sums of these outputs' 16 channels. Two by
-// two of them fill the registers, of which there are eight.
+// A tile of the input (amx_tiles.h) is 32 channels of the 16 pixels that a tap of the kernel sees
+// at 16 neighbouring outputs, which are rows of memory at one distance (amx_layout.h); times a tile
+// of weights it adds to the sums of these outputs' 16 channels.
 //
 // An output is the sum over the kernel's rows, in a row over its columns, in a column over the
 // input channels, as the instruction adds them: the layer alone decides its bits.
-#include <immintrin.h>
-
-#include "../numerics.h"
 #include "amx_layout.h"
+#include "amx_tiles.h"
 
 namespace ddpm_fast {
 namespace {
 
 using D = Avx512Bf16Sums;
-
-constexpr int64_t kLine = 64;  // bytes of a tile's row
-constexpr int64_t kSums = kTileRows * kTileLanes;
-
-// GCC's intrinsics do not say how much they read: what lies at p is to be in memory.
-DDPM_FAST_INLINE void written(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
-
-// The registers as tiles: sums and input of `rows`, weights of all.
-void configure(int64_t rows) {
-  constexpr int kWeights = 6, kRegisters = 8;
-  struct alignas(kLine) {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  } tiles{};
-  static_assert(sizeof tiles == 64);
-  tiles.palette = 1;
-  for (int i = 0; i < kRegisters; ++i) {
-    tiles.row_bytes[i] = kLine;
-    tiles.rows[i] = static_cast<uint8_t>(i < kWeights ? rows : kTileRows);
-  }
-  written(&tiles);
-  _tile_loadconfig(&tiles);
-}
 
 template <class T, class Out>
 struct AmxRun {
@@ -73,14 +46,14 @@ struct AmxRun {
     for (int64_t i = layout.next(first + begin); i < end;) {
       const int64_t second = layout.next(i + kTileRows);
       const bool is_whole = i < whole, are_two = second < end && second < whole;
-      if (!is_whole) configure(outputs() - i);
+      if (!is_whole) configure(outputs() - i, kTileRows);
       const Outputs at{{i, second}, first, end, block};
       if (left > kTileLanes) {
         are_two ? run_tiles<2, 2>(at) : run_tiles<1, 2>(at);
       } else {
         are_two ? run_tiles<2, 1>(at) : run_tiles<1, 1>(at);
       }
-      if (!is_whole) configure(kTileRows);
+      if (!is_whole) configure(kTileRows, kTileRows);
       i = are_two ? layout.next(second + kTileRows) : second;
     }
   }
@@ -100,56 +73,30 @@ struct AmxRun {
   // kTiles of outputs, each of kLanes of channels.
   template <int kTiles, int kLanes>
   void run_tiles(const Outputs& at) const {
-    alignas(kLine) float sums[kTiles][kLanes][kSums];
-    const int64_t steps = layout.depth / kTileDepth;
-    const BFloat16* weight = static_cast<const BFloat16*>(args.weight) +
-                             at.block * kBlockTiles * args.shape.kernel[0] * args.shape.kernel[1] *
-                                 steps * kTileElements;
-    add_products<kTiles, kLanes>(pixel(at, at.tiles[0]), pixel(at, at.tiles[kTiles - 1]), weight,
-                                 steps);
-    _tile_stored(0, sums[0][0], kLine);
-    if constexpr (kLanes > 1) _tile_stored(1, sums[0][1], kLine);
-    if constexpr (kTiles > 1) {
-      _tile_stored(2, sums[1][0], kLine);
-      if constexpr (kLanes > 1) _tile_stored(3, sums[1][1], kLine);
-    }
-    for (int i = 0; i < kTiles; ++i) finish<kLanes>(sums[i], at.tiles[i], at.end, at.block);
-  }
-
-  template <int kTiles, int kLanes>
-  void add_products(const BFloat16* x, const BFloat16* other, const BFloat16* weight,
-                    int64_t steps) const {
+    alignas(kTileRow) float sums[kTiles][kLanes][kTileSums];
     const ConvShape& shape = args.shape;
-    const int64_t stride = shape.stride[1] * layout.depth * int64_t{sizeof *x};
-    _tile_zero(0);
-    if constexpr (kLanes > 1) _tile_zero(1);
-    if constexpr (kTiles > 1) {
-      _tile_zero(2);
-      if constexpr (kLanes > 1) _tile_zero(3);
+    const int64_t steps = shape.kernel[1] * layout.depth / kTileDepth;  // of a row of the kernel
+    const BFloat16 *first = pixel(at, at.tiles[0]), *other = pixel(at, at.tiles[kTiles - 1]);
+    TileOperands operands{};
+    operands.stride = shape.stride[1] * layout.depth * int64_t{sizeof *first};
+    operands.weight = static_cast<const BFloat16*>(args.weight) +
+                      at.block * kBlockTiles * shape.kernel[0] * steps * kTileElements;
+    operands.row = kTileRow;
+    operands.lane = kTileElements;
+    zero_sums<kTiles, kLanes>();
+    for (int64_t i = 0; i < shape.kernel[0]; ++i) {  // columns and their channels follow each other
+      operands.x[0] = first + i * layout.row * layout.depth;
+      operands.x[1] = other + i * layout.row * layout.depth;
+      add_products<kTiles, kLanes>(operands, steps);
+      operands.weight += steps * kLanes * kTileElements;
     }
-    for (int64_t i = 0; i < shape.kernel[0]; ++i) {
-      int64_t at = i * layout.row * layout.depth;  // columns and their channels follow each other
-      for (int64_t step = shape.kernel[1] * steps; step > 0; --step, at += kTileDepth) {
-        _tile_loadd(4, x + at, stride);
-        _tile_loadd(6, weight, kLine);
-        _tile_dpbf16ps(0, 4, 6);
-        if constexpr (kLanes > 1) {
-          _tile_loadd(7, weight + kTileElements, kLine);
-          _tile_dpbf16ps(1, 4, 7);
-        }
-        if constexpr (kTiles > 1) {
-          _tile_loadd(5, other + at, stride);
-          _tile_dpbf16ps(2, 5, 6);
-          if constexpr (kLanes > 1) _tile_dpbf16ps(3, 5, 7);
-        }
-        weight += kLanes * kTileElements;
-      }
-    }
+    store_sums<kTiles, kLanes>(sums[0][0], kTileRow, kLanes * kTileSums, kTileSums);
+    for (int i = 0; i < kTiles; ++i) finish<kLanes>(sums[i], at.tiles[i], at.end, at.block);
   }
 
   // A tile's sums from output `i` on, of which some may not exist, with bias and residual.
   template <int kLanes>
-  void finish(const float (&sums)[kLanes][kSums], int64_t i, int64_t end, int64_t block) const {
+  void finish(const float (&sums)[kLanes][kTileSums], int64_t i, int64_t end, int64_t block) const {
     const int64_t* size = args.shape.out_size;
     const int64_t channel = block * kBlockTiles * kTileLanes;
     const int64_t left = args.shape.out_channels - channel;
@@ -178,7 +125,7 @@ struct AmxRun {
 
   template <int kLanes>
   struct Pixels {
-    const float* sums;  // the lanes are kSums apart
+    const float* sums;  // the lanes are kTileSums apart
     const D::F (&bias)[kLanes];
     int64_t count, channels, place;  // channels: how many there are; place: of the first
   };
@@ -196,7 +143,7 @@ struct AmxRun {
       for (int lane = 0; lane < kLanes; ++lane) {
         const int64_t first = lane * kTileLanes;
         const int64_t channels = kIsFull ? kTileLanes : pixels.channels - first;
-        D::F sum = D::add(D::load(sums + lane * kSums, kTileLanes), pixels.bias[lane]);
+        D::F sum = D::add(D::load(sums + lane * kTileSums, kTileLanes), pixels.bias[lane]);
         if (residual != nullptr) sum = D::add(sum, D::load(residual + first, channels));
         D::store(out + first, sum, channels);
       }
@@ -213,7 +160,7 @@ template <class T, class Out>
 void amx_conv2d(const ConvArgs& args, int64_t begin, int64_t end, void* memory) {
   const AmxRun<T, Out> run(args, memory);
   const int64_t parts = amx_parts(args.shape), each = amx_blocks(args.shape) / parts;
-  configure(kTileRows);
+  configure(kTileRows, kTileRows);
   each_strip(
       begin, end, run.outputs(), run.layout.strip(), parts,
       [&](int64_t first, int64_t from, int64_t to) { run.prepare(first, from, to); },

@@ -1,15 +1,13 @@
 // Convolution by tiles, see amx.cpp: how its weights, its input and its outputs lie in memory.
 #pragma once
 
+#include "amx_tiles.h"
 #include "avx512_bf16.h"
 #include "conv_layout.h"
 
 namespace ddpm_fast {
 namespace {
 
-// Of a tile: rows, each a pixel or an output's; input channels; output channels.
-constexpr int64_t kTileRows = 16, kTileDepth = 32, kTileLanes = 16;
-constexpr int64_t kTileElements = kTileDepth * kTileLanes;
 constexpr int64_t kBlockTiles = 2;  // of output channels, whose sums are made together
 // Of a strip of the input, and of weights, that stay in a second-level cache of 2 MiB together.
 constexpr int64_t kAmxStripBytes = int64_t{1} << 19, kAmxWeightBytes = int64_t{1} << 20;

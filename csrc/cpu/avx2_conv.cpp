@@ -14,6 +14,7 @@ struct Avx2Products {
   using Weights = __m256;
   using HalfWeights = __m128;
   static constexpr int kLanes = 8, kDepth = 1, kSums = 12, kMostVectors = 2;
+  static constexpr bool kHasHalves = true;
 
   static F zero() { return _mm256_setzero_ps(); }
   static Half half_zero() { return _mm_setzero_ps(); }

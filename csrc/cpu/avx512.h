@@ -134,6 +134,8 @@ struct Avx512 {
   static F scale(F x, F t) { return _mm512_scalef_ps(x, t); }
   static F poison(F a, F x) { return fma(x, set(0.0f), a); }  // NaN where x is not finite
   static F max(F a, F b) { return _mm512_max_ps(a, b); }      // b where either is NaN
+  static float largest(F x) { return _mm512_reduce_max_ps(x); }
+  static float total(F x) { return _mm512_reduce_add_ps(x); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
 
   static U bits(F x) { return {_mm512_castps_si512(x)}; }

@@ -12,6 +12,7 @@ struct Avx512Sums {
   using F = __m512;
   using Half = __m256;
   static constexpr int kLanes = 16, kSums = 24, kMostVectors = 4;
+  static constexpr bool kHasHalves = true;
 
   static F zero() { return _mm512_setzero_ps(); }
   static Half half_zero() { return _mm256_setzero_ps(); }

@@ -33,12 +33,12 @@ struct ConvBlocks {
     width = (vectors + count - 1) / (count > 0 ? count : 1) * D::kLanes;
     count = (channels + width - 1) / width;
   }
-  // In half vectors: 1 and 3 are worth their own code.
+  // In half vectors: 1 and 3 are worth their own code, where there are such vectors.
   int64_t halves(int64_t block) const {
     constexpr int64_t half = D::kLanes / 2;
     const int64_t left = channels - block * width, wanted = (left + half - 1) / half;
     if (left >= width) return width / half;
-    return wanted == 1 || wanted == 3 ? wanted : (wanted + 1) / 2 * 2;
+    return D::kHasHalves && (wanted == 1 || wanted == 3) ? wanted : (wanted + 1) / 2 * 2;
   }
   int64_t lanes(int64_t block) const { return halves(block) * (D::kLanes / 2); }
 };

@@ -144,6 +144,9 @@ const ConvKernels* conv_kernels([[maybe_unused]] DType dtype, [[maybe_unused]] b
 
 const AttentionKernels* attention_kernels([[maybe_unused]] DType dtype) {
 #ifdef DDPM_FAST_X86
+#ifdef DDPM_FAST_AMX
+  if (level_in_use().has_tiles) return of_dtype(dtype, &kAvx512Attention, &kAmxBf16Attention);
+#endif
   return of_dtype(dtype, &kAvx512Attention, &kAvx512Bf16Attention);
 #else
   return nullptr;
