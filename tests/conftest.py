@@ -8,7 +8,7 @@ import pytest
 import torch
 from amx import build_emulator, emulated
 
-from ddpm_fast import backend, ops
+from ddpm_fast import backend, ops, tile_trial
 from ddpm_fast.checkpoint import Model, save_model
 from ddpm_fast.data import Dataset
 from ddpm_fast.schedule import NoiseSchedule
@@ -72,6 +72,14 @@ def forms(amx_emulator, amx_forms_library):
     forms = amx_forms.Forms(amx_forms_library)
     yield forms
     forms("release")
+
+
+@pytest.fixture
+def no_amx(monkeypatch, extension):
+    """As on a CPU without AMX."""
+    if backend.cpu_level() == tile_trial.LEVEL:
+        extension._set_cpu_level("avx512")
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from ddpm_fast import backend, ops
          r"residual must have the shape of the result, \(2, 6, 3, 5\)"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(change, message):
+def test_what_does_not_fit_is_refused(no_amx, change, message):
     arguments = {
         "x": torch.zeros(2, 4, 3, 5, dtype=BF16).contiguous(memory_format=LAST),
         "weight": ops.pack_conv2d(torch.zeros(6, 4, 3, 3), BF16),
@@ -75,7 +75,7 @@ def test_an_upsamplings_weights_that_do_not_fit_are_refused(weight, message):
         (torch.zeros(2, 3, 1, 1), BF16, True, "kernels of 3 x 3, but this is 1 x 1"),
     ],
 )
-def test_weights_that_cannot_be_packed_are_refused(weight, dtype, winograd, message):
+def test_weights_that_cannot_be_packed_are_refused(no_amx, weight, dtype, winograd, message):
     with pytest.raises(RuntimeError, match=message):
         ops.pack_conv2d(weight, dtype, winograd)
 

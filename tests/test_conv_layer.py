@@ -18,7 +18,7 @@ def layer_of(layer, dtype, end=(0, 0)):
 
 @needs_bfloat16
 @pytest.mark.parametrize("has_amx", [False, True])
-def test_a_network_uses_it_where_the_cpu_has_no_amx(monkeypatch, has_amx):
+def test_a_network_uses_it_where_the_cpu_has_no_amx(monkeypatch, no_amx, has_amx):
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has_amx)
     layer = (24, 24, (3, 3), (1, 1), (1, 1), (9, 9))
     x, _, _, residual = case(layer, 2, BF16)
@@ -72,7 +72,7 @@ def test_without_the_extension_there_is_none(monkeypatch):
 
 
 @pytest.mark.parametrize("has_amx", [False, True])
-def test_the_choice_is_named(monkeypatch, has_amx):
+def test_the_choice_is_named(monkeypatch, no_amx, has_amx):
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has_amx)
     lines = dict(info.report())
     for name, dtype in (("float32", F32), ("bfloat16", BF16)):

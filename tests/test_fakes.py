@@ -82,7 +82,7 @@ CONVOLUTIONS = [
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("call", "message"), CONVOLUTIONS, ids=only_text)
-def test_convolutions(extension, place, call, message):
+def test_convolutions(no_amx, place, call, message):
     if backend.conv_kernels(F32) is None:
         pytest.skip("this CPU has no AVX2")
     packed = torch.ops.ddpm_fast.pack_conv2d(torch.zeros(6, 4, 3, 3), F32).numel()
