@@ -1,11 +1,14 @@
 """Whether bfloat16 networks multiply by AMX's tiles: on the emulator where the CPU has none."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch
+from building import ROOT
 
 from ddpm_fast import backend, info, ops, tile_trial
 from ddpm_fast.inference import prepare
@@ -176,6 +179,19 @@ def test_there_is_none_without_tiles_or_where_a_level_is_asked_for(monkeypatch, 
     else:
         monkeypatch.setattr(fresh, "cpu_levels_available", lambda: ["avx512"])
     assert backend.cpu_level() == "avx512" and tile_trial.verdict() == ""
+
+
+def test_tests_pass_as_on_a_cpu_with_amx(amx_library):
+    files = [f"tests/test_{name}.py" for name in ("conv_layer", "conv2d_refusals", "fakes")]
+    options = ["-q", "-p", "as_with_amx", "-p", "no:faulthandler", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "DDPM_FAST_CPU": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
