@@ -95,6 +95,8 @@ def has_attention(dtype: torch.dtype) -> bool:
     """Whether `ops.attention` is there on this CPU, at the level in use."""
     if extension is None or dtype not in (torch.float32, torch.bfloat16):
         return False
+    if dtype == torch.bfloat16:
+        cpu_level()
     return extension.has_attention(dtype == torch.bfloat16)
 
 

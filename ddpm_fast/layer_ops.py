@@ -134,8 +134,9 @@ def is_conv2d_fastest(dtype: torch.dtype) -> bool:
 def pack_conv2d(weight: Tensor, dtype: torch.dtype, winograd: bool = False) -> Tensor:
     """A convolution's weight (O, I, kH, kW), float32, as `conv2d` reads it for an x of `dtype`.
 
-    dtype: float32 or bfloat16. winograd: see `conv2d`. Returns a flat tensor. No gradients. Raises
-    RuntimeError where an argument is not so, and as `conv2d`.
+    dtype: float32 or bfloat16. winograd: see `conv2d`. Returns a flat tensor, which belongs to the
+    CPU level of this process. No gradients. Raises RuntimeError where an argument is not so, and as
+    `conv2d`.
     """
     _require_extension()
     refuse_grad("pack_conv2d", weight)
@@ -157,9 +158,9 @@ def conv2d(
 ) -> Tensor:
     """A convolution, as torch's, plus residual: summed in float32, rounded once.
 
-    x: (N, C, H, W), float32 or bfloat16, channels_last; by Winograd's algorithm, or with AMX, which
-    rounds it to bfloat16, also float16, with the weight for bfloat16. weight: from `pack_conv2d`,
-    for x's dtype. bias: float32 (O,).
+    x: (N, C, H, W), float32 or bfloat16, channels_last; by Winograd's algorithm, or at the level
+    amx, which rounds it to bfloat16, also float16, with the weight for bfloat16. weight: from
+    `pack_conv2d`, for x's dtype. bias: float32 (O,).
     residual: like the result, (N, O, H', W') in x's dtype, channels_last; but for float16 both are
     bfloat16, unless the result is to stay float16, `half`.
     kernel_size, stride, padding: of (height, width); a padding of four: (top, left, bottom, right).
@@ -215,4 +216,5 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1) -> Tens
     """
     _require_extension()
     refuse_grad("attention", query, key, value)
+    has_attention(query.dtype)  # settles by which kernels
     return torch.ops.ddpm_fast.attention.default(query, key, value, heads)

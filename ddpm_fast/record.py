@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import __version__, noise
+from . import __version__, backend, noise
 from .checkpoint import Model
 from .device import device_name
 from .inference import FusedUNet, convolutions
@@ -44,14 +44,15 @@ def make_record(
         "dtype": str(sampler.dtype).removeprefix("torch."),
     }
     is_fused = isinstance(sampler.network, FusedUNet)
-    on_cpu = is_fused and sampler.device.type == "cpu"
+    on_cpu = sampler.device.type == "cpu"
     environment = {
         "batch_size": settings["batch_size"],
         "backend": sampler.backend,
         "backend_reason": sampler.backend_reason,
         "graphs": sampler.graphs,
         "fused_network": is_fused,
-        "convolutions": convolutions(sampler.dtype) if on_cpu else None,
+        "convolutions": convolutions(sampler.dtype) if is_fused and on_cpu else None,
+        "cpu_level": backend.extension.cpu_level() if sampler.backend == "cpu" else None,
         "device": sampler.device.type,
         "device_name": device_name(sampler.device),
         "threads": torch.get_num_threads(),

@@ -75,13 +75,15 @@ def settle(extension: ModuleType) -> None:
             return
         levels = extension.cpu_levels_available()
         if LEVEL in levels and not os.environ.get("DDPM_FAST_CPU"):
+            is_fit = False
             extension._set_cpu_level(LEVEL)
             try:
                 is_fit, _verdict, warning = _in_a_thread(_attempt)
             except Exception as error:
-                is_fit, _verdict, warning = False, "its trial failed", f"had no trial ({error})"
-            if not is_fit:
-                extension._set_cpu_level(levels[levels.index(LEVEL) - 1])
+                _verdict, warning = "its trial failed", f"had no trial ({error})"
+            finally:
+                if not is_fit:
+                    extension._set_cpu_level(levels[levels.index(LEVEL) - 1])
         _is_settled = True
     if warning:
         warnings.warn(
@@ -91,23 +93,22 @@ def settle(extension: ModuleType) -> None:
 
 def _in_a_thread(function: Callable[[], tuple[bool, str, str]]) -> tuple[bool, str, str]:
     """Its result, away from this thread's modes: autocast, inference, fake tensors, a device."""
-    results: list[tuple[bool, str, str] | Exception] = []
+    results: list[tuple[bool, str, str] | BaseException] = []
 
     def run() -> None:
         try:
             results.append(function())
-        except Exception as error:
+        except BaseException as error:
             results.append(error)
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    if isinstance(results[0], Exception):
+    if isinstance(results[0], BaseException):
         raise results[0]
     return results[0]
 
 
-@torch.no_grad()
 def _attempt() -> tuple[bool, str, str]:
     """Whether to use tiles; why; and what to warn of. The level in use has them."""
     generator = torch.Generator().manual_seed(0)
@@ -122,7 +123,7 @@ def _attempt() -> tuple[bool, str, str]:
         return True, "right sums in a trial", ""
     weight, x = _case(TIMED, generator)
     # A sample for each core; tiles take float16 in a network, oneDNN's bfloat16.
-    x = x[:1].repeat(max(2, torch.get_num_threads()), 1, 1, 1)
+    x = x[:1].repeat(torch.get_num_threads(), 1, 1, 1)
     x = x.contiguous(memory_format=torch.channels_last)
     ours = partial(_by_tiles(TIMED, weight), x)
     theirs = partial(_by_onednn(TIMED, weight, x), x.to(_BF16))

@@ -12,9 +12,9 @@ namespace ddpm_fast {
 namespace {
 
 // Calls fuzz(name, cases) at each level that is there; at amx, which an emulator can stand in for,
-// with fewer.
+// with `fewer` times less.
 template <class Fuzz>
-void each_level(int cases, const Fuzz& fuzz) {
+void each_level(int cases, int fewer, const Fuzz& fuzz) {
   const char* names[kCpuLevels];
   const int count = cpu_levels(names, true);
   for (int level = 0; level < count; ++level) {
@@ -25,7 +25,7 @@ void each_level(int cases, const Fuzz& fuzz) {
   if (std::strcmp(names[count - 1], "avx512") == 0 && conv_kernels(DType::kBFloat16, false)) {
     amx_emulator_install();
     set_cpu_level("amx", true);
-    fuzz("amx, emulated", cases / 10 + 1);
+    fuzz("amx, emulated", cases / fewer + 1);
     amx_emulator_remove();
   }
 #endif

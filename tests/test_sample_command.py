@@ -15,8 +15,10 @@ from recording import Recording
 from sampling import pixels, run
 
 from ddpm_fast import noise
+from ddpm_fast.backend import extension
 from ddpm_fast.checkpoint import read_tensors, save_model, write_tensors
 from ddpm_fast.executor import CaptureError
+from ddpm_fast.inference import convolutions
 
 QUICK = ["--steps", "5", "--dtype", "float32"]
 
@@ -44,7 +46,11 @@ def test_what_a_run_leaves(model_file, tmp_path, capsys):
     with np.load(out / "samples_5x8x8x1.npz") as file:
         assert file["arr_1"].tolist() == [2, 0, 2, 0, 2]
         assert np.array_equal(file["arr_0"][3, ..., 0], pixels(out / "images" / "000010.png"))
-    decides = json.loads((out / "run.json").read_text())["decides"]
+    record = json.loads((out / "run.json").read_text())
+    decides, environment = record["decides"], record["environment"]
+    level = extension.cpu_level() if environment["backend"] == "cpu" else None
+    assert environment["cpu_level"] == level
+    assert environment["convolutions"] == convolutions(torch.float32)
     assert decides["timesteps"] == [99, 74, 50, 25, 0]
     assert (decides["classes"], decides["seed"], decides["dtype"]) == ([0, 2], 0, "float32")
     assert decides["noise_contract"] == noise.VERSION and len(decides["model_sha256"]) == 64
@@ -65,6 +71,7 @@ def test_a_capture_that_falls_back_is_told_once(model_file, tmp_path, capsys, mo
     assert status == 0 and len(warned) == 1 and "captured" not in said
     environment = json.loads((tmp_path / "run.json").read_text())["environment"]
     assert environment["graphs"] is False
+    assert environment["convolutions"] is None  # of a network that is not fused
 
 
 def test_sample_42_is_one_picture(model_file, tmp_path, capsys):

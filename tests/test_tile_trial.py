@@ -1,10 +1,10 @@
 """Whether bfloat16 networks multiply by AMX's tiles: on the emulator where the CPU has none."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -67,16 +67,18 @@ def test_the_layer_of_a_network_is_timed_against_onednn_s(monkeypatch, fresh):
 
 
 def test_the_least_time_counts(monkeypatch):
-    fastest = tile_trial._fastest
-    calls = []
+    now, calls = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
     def varying():
         calls.append(1)
-        time.sleep(0.002 if len(calls) == 4 else 0.02)
+        now[0] += 1.0 if len(calls) in (7, 8, 9) else 5.0
 
-    monkeypatch.setattr(tile_trial, "CALLS", 1)
-    quick, slow = fastest([varying, lambda: time.sleep(0.01)])
-    assert quick < 0.01 <= slow and len(calls) == 1 + tile_trial.ROUNDS
+    def steady():
+        now[0] += 2.0
+
+    assert tile_trial._fastest([varying, steady]) == [3.0, 6.0]
+    assert len(calls) == 3 * (1 + tile_trial.ROUNDS)
 
 
 def test_the_trial_is_one_for_all_threads(monkeypatch, fresh):
@@ -92,6 +94,25 @@ def test_the_trial_is_one_for_all_threads(monkeypatch, fresh):
     for worker in workers:
         worker.join()
     assert seen == ["amx"] * 4 and attempts == [1]
+
+
+def test_what_is_no_number_is_wrong(monkeypatch, fresh):
+    formula = tile_trial._formula
+    monkeypatch.setattr(tile_trial, "_formula", lambda *layer: formula(*layer) * torch.nan)
+    with pytest.warns(UserWarning, match=r"give wrong sums \(nan times their bound\)"):
+        assert backend.conv_kernels(BF16) == "avx512_bf16"
+
+
+def test_an_interrupt_leaves_no_level_that_was_not_tried(monkeypatch, fresh):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tile_trial, "_attempt", interrupt)
+        backend.conv_kernels(BF16)
+    assert fresh.cpu_level() == "avx512"
+    clock(monkeypatch, 0.5)
+    assert backend.conv_kernels(BF16) == "amx"
 
 
 @pytest.mark.parametrize("part", [0, 1, 2, "attention"])
@@ -118,6 +139,7 @@ def test_wrong_sums_are_told_and_not_used(monkeypatch, fresh, part):
 
 def test_the_bound_is_that_of_a_rounding():
     want = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    assert tile_trial._error(torch.full((1,), 3e-4), torch.zeros(1)) > 1.0  # without a rounding
     truncated = (want.view(torch.int32) & -65536).view(F32)
     assert tile_trial._error(want.bfloat16(), want) <= 1.0 < tile_trial._error(truncated, want)
     assert not tile_trial._error(torch.tensor([1.0, torch.nan]), torch.ones(2)) <= 1.0
@@ -152,6 +174,13 @@ def test_without_onednn_right_sums_decide(monkeypatch, fresh):
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
     assert backend.conv_kernels(BF16) == "amx"
     assert tile_trial.verdict() == "right sums in a trial"
+
+
+def test_attention_comes_after_the_trial(monkeypatch, fresh):
+    clock(monkeypatch, 0.5)
+    x = torch.zeros(1, 32, 4, 4, dtype=BF16).contiguous(memory_format=torch.channels_last)
+    ops.attention(x, x, x)
+    assert fresh.cpu_level() == "amx"
 
 
 def test_weights_are_packed_after_the_trial(monkeypatch, fresh):
@@ -200,5 +229,9 @@ def test_a_child_of_a_trial_has_its_own(monkeypatch, fresh):
     with tile_trial._lock:
         child = os.fork()
         if child == 0:
-            os._exit(0 if backend.conv_kernels(BF16) == "amx" else 1)
+            signal.alarm(60)
+            try:
+                chosen = backend.conv_kernels(BF16)
+            finally:
+                os._exit(0 if chosen == "amx" else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
