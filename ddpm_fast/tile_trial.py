@@ -114,11 +114,8 @@ def _attempt() -> tuple[bool, str, str]:
     generator = torch.Generator().manual_seed(0)
     for check in (*(partial(_convolution_error, layer) for layer in CHECKED), _attention_error):
         if not (error := check(generator)) <= 1.0:
-            return (
-                False,
-                "wrong sums in a trial",
-                f"give wrong sums ({error:.3g} times their bound)",
-            )
+            warning = f"give wrong sums ({error:.3g} times their bound)"
+            return False, "wrong sums in a trial", warning
     if not torch.backends.mkldnn.is_available():
         return True, "right sums in a trial", ""
     weight, x = _case(TIMED, generator)
@@ -162,14 +159,13 @@ def _convolution_error(layer: Layer, generator: torch.Generator) -> float:
 def _attention_error(generator: torch.Generator) -> float:
     """Two heads; neither channels nor positions fill tiles. Weights are rounded, too."""
     heads, channels, size = 2, 40, (7, 7)
-    values = torch.randn(
-        SAMPLES, 3 * heads * channels, *size, generator=generator, dtype=torch.float32
-    )
-    values = values.mul_(0.5).to(_BF16).contiguous(memory_format=torch.channels_last)
+    shape = (SAMPLES, 3 * heads * channels, *size)
+    values = torch.randn(shape, generator=generator, dtype=torch.float32).mul_(0.5).to(_BF16)
+    values = values.contiguous(memory_format=torch.channels_last)
     got = _own.attention.default(*values.chunk(3, 1), heads)
     q, k, v = (x.flatten(2).unflatten(1, (heads, -1)).mT for x in values.float().chunk(3, 1))
-    want, size = (_attention(q, k, x).mT.reshape(got.shape) for x in (v, v.abs()))
-    return _error(got, want, size)
+    want, terms = (_attention(q, k, x).mT.reshape(got.shape) for x in (v, v.abs()))
+    return _error(got, want, terms)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -191,6 +191,7 @@ def test_weights_are_packed_after_the_trial(monkeypatch, fresh):
     assert torch.equal(ops.pack_conv2d(weight, BF16), packed)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo")
 def test_float32_networks_need_none(monkeypatch, fresh, tiny_unet):
     monkeypatch.setattr(tile_trial, "_attempt", lambda: pytest.fail("a trial"))
     network = prepare(tiny_unet().eval(), torch.device("cpu"), F32)
