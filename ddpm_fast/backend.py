@@ -81,7 +81,7 @@ def conv_kernels(dtype: torch.dtype) -> str | None:
     if extension is None or dtype not in (torch.float32, torch.bfloat16):
         return None
     if dtype == torch.bfloat16:
-        cpu_level()
+        tile_trial.settle(extension)
     return extension.conv_kernels(dtype == torch.bfloat16)
 
 
@@ -96,7 +96,7 @@ def has_attention(dtype: torch.dtype) -> bool:
     if extension is None or dtype not in (torch.float32, torch.bfloat16):
         return False
     if dtype == torch.bfloat16:
-        cpu_level()
+        tile_trial.settle(extension)
     return extension.has_attention(dtype == torch.bfloat16)
 
 
