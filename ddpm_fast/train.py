@@ -18,106 +18,18 @@ import torch
 from tqdm import tqdm
 
 from . import __version__, cli
-from .checkpoint import Model, save_model
-from .data import Dataset, load_dataset
+from .checkpoint import save_model
+from .data import load_dataset
 from .device import resolve_device, resolve_dtype
 from .files import replacing
 from .images import is_picture, to_uint8, write_grid
 from .sampler import Sampler
-from .schedule import PREDICTION_TYPES, NoiseSchedule
-from .training import LR_SCHEDULES, Trainer, TrainSettings
-from .unet import UNet
-from .unet_config import UNetConfig
+from .train_options import initial_model, parser
+from .training import Trainer, TrainSettings
 
-SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 LOG = ("step", "loss", "lr", "images_per_second", "seconds")
 LOG_EVERY = 50
 FILES = ("checkpoint.safetensors", "model.safetensors", "log.csv")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(v) for v in text.split(",") if v)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wanted numbers like 1,2,2, got {text!r}") from None
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m ddpm_fast.train",
-        description="Train a DDPM (Ho et al. 2020) on images or series.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    p.add_argument("--data", required=True, help="IDX files, a folder of images, or an npz")
-    p.add_argument("--out", required=True, help="folder for checkpoints, log and sample grids")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    p.add_argument("--size", type=cli.size, help="scale and crop a folder's images to HxW")
-    p.add_argument("--unconditional", action="store_true", help="ignore the data's labels")
-
-    net = p.add_argument_group("network")
-    net.add_argument("--base-channels", type=int, default=64)
-    net.add_argument("--channel-mult", type=_numbers, default=(1, 2, 2), help="one per level")
-    net.add_argument("--num-res-blocks", type=int, default=2)
-    net.add_argument("--attention", type=_numbers, default=(), help="levels with attention, from 0")
-    net.add_argument("--num-heads", type=int, default=1)
-    net.add_argument("--norm-groups", type=int, default=32)
-    net.add_argument("--dropout", type=float, default=0.1)
-
-    process = p.add_argument_group("process")
-    process.add_argument("--schedule", choices=SCHEDULES, default="linear")
-    process.add_argument("--timesteps", type=int, default=1000, help="T")
-    process.add_argument("--prediction", choices=PREDICTION_TYPES, default="epsilon")
-
-    run = p.add_argument_group("optimisation")
-    defaults = {f.name: f.default for f in fields(TrainSettings)}
-    for name, text in (
-        ("steps", "updates in all"),
-        ("batch_size", "samples per update"),
-        ("lr", "peak learning rate of AdamW"),
-        ("warmup", "updates of linear warm-up"),
-        ("weight_decay", "of AdamW"),
-        ("ema", "decay of the averaged weights"),
-        ("clip_grad", "largest gradient norm"),
-        ("null_probability", "share of labels replaced by the null class"),
-        ("seed", "of everything random"),
-    ):
-        option, default = f"--{name.replace('_', '-')}", defaults[name]
-        run.add_argument(option, type=type(default), default=default, help=text)
-    run.add_argument("--lr-schedule", choices=LR_SCHEDULES, default="constant")
-    run.add_argument("--flip", action="store_true", help="mirror half of the samples")
-
-    machine = p.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")
-    machine.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    machine.add_argument("--save-every", type=int, default=1000, help="updates; 0 is at the end")
-    machine.add_argument("--sample-every", type=int, default=5000, help="updates; 0 is never")
-    machine.add_argument("--quiet", action="store_true", help="no progress bar")
-    return p
-
-
-def new_model(args: argparse.Namespace, data: Dataset, device: torch.device) -> Model:
-    """An untrained model of the arguments for the data; ValueError if they make none."""
-    if any(not 0 <= level < len(args.channel_mult) for level in args.attention):
-        raise ValueError(
-            f"--attention names levels 0 to {len(args.channel_mult) - 1}, got {args.attention}"
-        )
-    classes = None if args.unconditional else data.num_classes
-    config = UNetConfig(
-        in_channels=data.samples.shape[1],
-        sample_size=tuple(data.samples.shape[2:]),
-        base_channels=args.base_channels,
-        channel_mult=args.channel_mult,
-        num_res_blocks=args.num_res_blocks,
-        attention_levels=tuple(i in args.attention for i in range(len(args.channel_mult))),
-        num_heads=args.num_heads,
-        norm_groups=args.norm_groups,
-        dropout=args.dropout,
-        num_classes=classes,
-        null_class="row" if classes else "none",
-    )
-    torch.manual_seed(args.seed)
-    schedule = getattr(NoiseSchedule, args.schedule)(args.timesteps)
-    return Model(UNet(config).to(device), schedule, args.prediction)
 
 
 class Run:
@@ -203,8 +115,10 @@ class Run:
 
     def provenance(self) -> dict[str, Any]:
         """How the model was made, for its file."""
+        start = self.trainer.model
         return {
             "command": ["python", "-m", "ddpm_fast.train", *self.args.command],
+            **({"from": {"sha256": start.sha256, **start.provenance}} if start.sha256 else {}),
             "data": self.trainer.data.checksums,
             "step": self.trainer.step_count,
             "seconds": round(self.seconds),
@@ -264,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     data = load_dataset(args.data, args.size)
-    model = new_model(args, data, device)
+    model = initial_model(args, data, device)
     run = Run(args, Trainer(model, data, settings, dtype))
     run.start()
     parameters = sum(p.numel() for p in model.unet.parameters())

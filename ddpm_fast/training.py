@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class Trainer:
         self.model, self.data, self.settings, self.dtype = model, data, settings, dtype
         self.device = next(model.unet.parameters()).device
         self.unet = model.unet.train().requires_grad_(True)
-        self.order = memory_format(self.device, dtype, model.config.dims + 2)
+        self.order = memory_format(self.device, dtype, 1 + len(model.config.sample_shape))
         self.unet.to(memory_format=self.order)
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True
@@ -190,8 +190,7 @@ class Trainer:
             unet = type(self.unet)(self.model.config)
         unet.load_state_dict({k: v.clone() for k, v in self.ema.items()}, assign=True)
         unet.eval().requires_grad_(False)
-        m = self.model
-        return Model(unet, m.schedule, m.prediction_type, m.variance_type, m.provenance)
+        return replace(self.model, unet=unet, name="", sha256="")
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to go on from a checkpoint."""

@@ -13,7 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from training import ENVIRONMENT, arguments, command, here, losses
 
-from ddpm_fast.checkpoint import load_model
+from ddpm_fast.checkpoint import Model, load_model, save_model
+from ddpm_fast.lucid_unet import LucidUNet, LucidUNetConfig
+from ddpm_fast.schedule import NoiseSchedule
 from ddpm_fast.training import Trainer
 
 
@@ -148,6 +150,34 @@ def test_series_are_trained_without_pictures(tmp_path):
     assert here(tmp_path / "a.npz", out, "--steps", 2, "--sample-every", 1) == 0
     assert load_model(out).config.sample_shape == (2, 16)
     assert not (out / "samples").exists()
+
+
+def test_a_model_is_trained_further(finished, data_file, tmp_path):
+    start = load_model(finished[0])
+    assert here(data_file, tmp_path, "--model", finished[0], "--steps", 3, "--lr", 1e-5) == 0
+    model = load_model(tmp_path)
+    assert (model.config, model.prediction_type) == (start.config, start.prediction_type)
+    assert model.schedule.config() == start.schedule.config()
+    before, after = start.unet.state_dict(), model.unet.state_dict()
+    moved = [float((after[name] - before[name]).abs().max()) for name in before]
+    assert min(moved) > 0 and max(moved) < 5e-5  # Adam's steps are of about lr
+    assert model.provenance["from"] == {"sha256": start.sha256, **start.provenance}
+    assert "from" not in start.provenance
+    more = ("--model", finished[0], "--lr", 1e-5, "--steps", 5, "--resume")
+    assert here(data_file, tmp_path, *more) == 0  # --lr-schedule constant: it may be prolonged
+    assert load_model(tmp_path).provenance["step"] == 5
+
+
+def test_a_network_of_another_code_base_is_trained_further(data_file, tmp_path):
+    config = LucidUNetConfig(1, (8, 8), 8, 8, (1, 2), (False, True), (2, 2), (4, 4))
+    start = Model(LucidUNet(config), NoiseSchedule.cosine(20), clip_denoised=False)
+    save_model(tmp_path / "start.safetensors", start)
+    out = tmp_path / "run"
+    model = ("--model", tmp_path / "start.safetensors")
+    assert here(data_file, out, *model, "--steps", 2, "--sample-every", 2) == 0
+    trained = load_model(out)
+    assert (trained.config, trained.clip_denoised) == (config, False)
+    assert (out / "samples" / "0000002.png").is_file()
 
 
 def test_a_checkpoint_that_cannot_go_on_is_a_failure(finished, data_file, tmp_path, capsys):

@@ -69,6 +69,10 @@ def test_weights_that_are_not_finite_are_not_saved(data_file, tmp_path, monkeypa
         (("--device", "cuda:99"), "CUDA devices"),
         (("--resume",), "to go on from"),
         (("--data", "nowhere"), "there is no data at"),
+        (("--model", "mnist", "--base-channels", "24"), "--base-channels is for a new network"),
+        (("--model", "mnist", "--unconditional"), "mnist has 10 classes"),
+        (("--model", "mnist"), "the model is for samples of (1, 28, 28), and the data's are"),
+        (("--model", "nowhere"), "there is no model 'nowhere'"),
     ],
 )
 def test_bad_arguments_are_a_usage_error(data_file, tmp_path, capsys, more, message):

@@ -116,6 +116,8 @@ def test_the_average_is_the_formula(trainer):
         decay = min(0.3, (1 + k) / (10 + k))
         for name, value in t.unet.state_dict().items():
             want[name] = decay * want[name] + (1 - decay) * value.double()
+    t.model.clip_denoised = False
+    assert not t.averaged().clip_denoised
     averaged = t.averaged().unet
     for name, value in averaged.state_dict().items():
         torch.testing.assert_close(value.double(), want[name], rtol=1e-5, atol=1e-6)

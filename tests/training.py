@@ -20,7 +20,9 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "
 
 
 def arguments(data, out, *more: object) -> list[str]:
-    return [str(a) for a in ("--data", data, "--out", out, *NETWORK, *RUN, *more)]
+    """The command's; a small new network, unless `more` has a --model."""
+    network = [] if "--model" in more else NETWORK
+    return [str(a) for a in ("--data", data, "--out", out, *network, *RUN, *more)]
 
 
 def command(*args, **settings) -> subprocess.CompletedProcess:
