@@ -16,6 +16,9 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import torch.distributed as dist
 
+from . import heartbeat
+from .heartbeat import Heart, Watch
+
 POLL_SECONDS = 0.05  # not a blocking wait, because signals would wait with it
 
 
@@ -34,6 +37,7 @@ def _asking() -> Iterator[None]:
 class World:
     """This process among those of its run. A run of one process is a world of size one.
 
+    While it is entered (`with`), the leader can tell whether this process lives.
     rank, size, local_rank, local_size: as torchrun counts them.
     """
 
@@ -49,6 +53,17 @@ class World:
             self._store: dist.Store = dist.HashStore()
         else:
             self._store, _, _ = next(dist.rendezvous("env://"))
+        self._heart = None if self.leads else Heart(self._store, self.rank)
+        self._watch, self._watched = Watch(self._store), 0.0
+
+    def __enter__(self) -> World:
+        if self._heart:
+            self._heart.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._heart:
+            self._heart.stop()
 
     @property
     def leads(self) -> bool:
@@ -86,20 +101,38 @@ class World:
     def others_left(self) -> bool:
         """Of the leader: whether all others have called `leave`.
 
-        Raises OthersGoneError once all have ended, if some of them failed: what they had claimed
-        is not written.
+        Raises OthersGoneError once all have ended, if some of them failed or are not heard of any
+        more: what they had claimed is not written.
         """
         self._answer_newcomers()
-        failed = self._count("failed", 0)
-        if self._count("left", 0) + failed < self.size - 1:
+        failed, lost = self._count("failed", 0), self._lost()
+        if self._count("left", 0) + failed + len(lost) < self.size - 1:
             return False
+        if lost:
+            raise OthersGoneError(
+                f"process {lost[0]} of {self.size} has given no sign of life in "
+                f"{heartbeat.SILENT_SECONDS:.0f} s"
+            )
         if failed:
             raise OthersGoneError(f"{failed} of {self.size} processes failed")
         return True
 
+    @_asking()
+    def _lost(self) -> list[int]:
+        """The others that neither live nor ended by their own word; looked for at each beat."""
+        if time.monotonic() < self._watched + heartbeat.BEAT_SECONDS:
+            return []
+        self._watched = time.monotonic()
+        silent = self._watch.silent(range(1, self.size))
+        return [rank for rank in silent if not self._count(f"ended/{rank}", 0)]
+
     def leave(self) -> None:
         """Of the others: all that this process claimed is written."""
-        self._count("left", 1)
+        self._end("left")
+
+    def _end(self, how: str) -> None:
+        self._count(f"ended/{self.rank}", 1)
+        self._count(how, 1)
 
     @contextmanager
     def telling_failure(self) -> Iterator[None]:
@@ -116,7 +149,7 @@ class World:
                 with suppress(OthersGoneError):
                     if not self._knows_run:
                         self.receive()
-                    self._count("failed", 1)
+                    self._end("failed")
             raise
 
     @_asking()

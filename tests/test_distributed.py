@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddpm_fast import distributed, sample
+from ddpm_fast import distributed, heartbeat, sample
 from ddpm_fast.device import resolve_device
 from ddpm_fast.distributed import OthersGoneError, World
 from ddpm_fast.progress import Progress
@@ -109,6 +109,55 @@ def test_a_failure_is_told_to_the_leader_who_would_wait_for_ever(worlds, early):
     good.leave()
     with pytest.raises(OthersGoneError, match=r"^1 of 3 processes failed$"):
         leader.others_left()
+
+
+def wait_until_they_ended(leader: World) -> None:
+    deadline = time.monotonic() + 20
+    while not leader.others_left():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_killed_process_is_missed(worlds, monkeypatch):
+    """It stands still, as its counter does when it is killed: no word of it ever comes."""
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 1.0)
+    leader, good, bad = both = worlds(3)
+    leader.publish(b"")
+    with good, bad:
+        receive(both)
+        began = time.monotonic()
+        while time.monotonic() < began + 2:  # slow, and alive
+            assert not leader.others_left()
+            time.sleep(0.01)
+    good.leave()  # and from here on it is as silent as the other
+    with pytest.raises(OthersGoneError, match=r"^process 2 of 3 has given no sign of life in 1 s$"):
+        wait_until_they_ended(leader)
+
+
+def test_who_has_left_is_not_missed(worlds, monkeypatch):
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 0.2)
+    leader, early, late = both = worlds(3)
+    leader.publish(b"")
+    receive(both)
+    early.leave()
+    with late:
+        threading.Timer(1, late.leave).start()
+        wait_until_they_ended(leader)
+
+
+def test_a_heart_stops_with_its_block(worlds):
+    def hearts() -> int:
+        return sum(thread.name == "heartbeat" for thread in threading.enumerate())
+
+    leader, other = worlds(2)
+    with leader:
+        assert hearts() == 0
+        with pytest.raises(OSError), other:
+            assert hearts() == 1
+            raise OSError
+    assert hearts() == 0
 
 
 def test_a_world_of_one_needs_nobody(monkeypatch):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,11 @@ def wait_until_all_draw(processes: list[subprocess.Popen], out: Path) -> None:
     deadline = time.monotonic() + 120
 
     def draws(process: subprocess.Popen) -> bool:
-        opened = Path(f"/proc/{process.pid}/fd").iterdir()
-        return any(os.path.realpath(fd) == str(out / LOCK) for fd in opened)
+        for opened in Path(f"/proc/{process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed in the meantime
+                if os.readlink(opened) == str(out.resolve() / LOCK):
+                    return True
+        return False
 
     while not all(map(draws, processes)) and time.monotonic() < deadline:
         time.sleep(0.02)
