@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import torch.distributed as dist
 
-from . import heartbeat
 from .heartbeat import Heart, Watch
 
 POLL_SECONDS = 0.05  # not a blocking wait, because signals would wait with it
+LEFT, FAILED = 1, 2  # how a process ended
 
 
 class OthersGoneError(RuntimeError):
@@ -37,7 +37,7 @@ def _asking() -> Iterator[None]:
 class World:
     """This process among those of its run. A run of one process is a world of size one.
 
-    While it is entered (`with`), the leader can tell whether this process lives.
+    While it is entered (`with`), the leader can tell that this process lives.
     rank, size, local_rank, local_size: as torchrun counts them.
     """
 
@@ -54,7 +54,10 @@ class World:
         else:
             self._store, _, _ = next(dist.rendezvous("env://"))
         self._heart = None if self.leads else Heart(self._store, self.rank)
-        self._watch, self._watched = Watch(self._store), 0.0
+        self._watch = Watch(self._store, self.size)
+        self._waiting = [*range(1, self.size)]  # of the leader: who has not ended yet
+        self._failed: list[int] = []
+        self._lost: list[int] = []
 
     def __enter__(self) -> World:
         if self._heart:
@@ -95,48 +98,41 @@ class World:
     def count_steps(self, steps: int) -> int:
         """Add to the steps that all have done; returns their sum."""
         if self.leads:
-            self._answer_newcomers()
+            self._look_after_others()
         return self._count("steps", steps)
 
     def others_left(self) -> bool:
         """Of the leader: whether all others have called `leave`.
 
-        Raises OthersGoneError once all have ended, if some of them failed or are not heard of any
-        more: what they had claimed is not written.
+        Raises OthersGoneError once all have ended, if some of them failed or give no sign of life
+        any more: what they had claimed is not written.
         """
-        self._answer_newcomers()
-        failed, lost = self._count("failed", 0), self._lost()
-        if self._count("left", 0) + failed + len(lost) < self.size - 1:
-            return False
-        if lost:
-            raise OthersGoneError(
-                f"process {lost[0]} of {self.size} has given no sign of life in "
-                f"{heartbeat.SILENT_SECONDS:.0f} s"
-            )
-        if failed:
-            raise OthersGoneError(f"{failed} of {self.size} processes failed")
+        self._look_after_others()
+        while self._waiting:
+            rank = self._waiting[0]
+            end = self._count(f"ended/{rank}", 0)
+            if not end and not self._watch.is_lost(rank):
+                return False
+            self._waiting.pop(0)
+            if end != LEFT:
+                (self._failed if end else self._lost).append(rank)
+        gone = []
+        if self._failed:
+            gone.append(f"{len(self._failed)} of {self.size} processes failed")
+        if self._lost:
+            ranks = ", ".join(map(str, self._lost))
+            gone.append(f"{len(self._lost)} of {self.size} give no sign of life (rank {ranks})")
+        if gone:
+            raise OthersGoneError("; ".join(gone))
         return True
-
-    @_asking()
-    def _lost(self) -> list[int]:
-        """The others that neither live nor ended by their own word; looked for at each beat."""
-        if time.monotonic() < self._watched + heartbeat.BEAT_SECONDS:
-            return []
-        self._watched = time.monotonic()
-        silent = self._watch.silent(range(1, self.size))
-        return [rank for rank in silent if not self._count(f"ended/{rank}", 0)]
 
     def leave(self) -> None:
         """Of the others: all that this process claimed is written."""
-        self._end("left")
-
-    def _end(self, how: str) -> None:
-        self._count(f"ended/{self.rank}", 1)
-        self._count(how, 1)
+        self._count(f"ended/{self.rank}", LEFT)
 
     @contextmanager
     def telling_failure(self) -> Iterator[None]:
-        """Of the others: an error in the block is told to the leader, which would wait for ever.
+        """Of the others: an error in the block is told to the leader, which waits for them.
 
         torchrun sees to that on one machine, but not always on several. A signal comes to all.
         """
@@ -149,12 +145,17 @@ class World:
                 with suppress(OthersGoneError):
                     if not self._knows_run:
                         self.receive()
-                    self._end("failed")
+                    self._count(f"ended/{self.rank}", FAILED)
             raise
 
     @_asking()
     def _count(self, name: str, amount: int) -> int:
         return self._store.add(f"{self._run}/{name}", amount)
+
+    @_asking()
+    def _look_after_others(self) -> None:
+        self._answer_newcomers()
+        self._watch.look()
 
     @_asking()
     def _answer_newcomers(self) -> None:

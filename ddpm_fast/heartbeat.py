@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
 
 import torch.distributed as dist
 
 BEAT_SECONDS = 5.0
-SILENT_SECONDS = 60.0  # far more than a busy machine or a slow network keeps a beat back
+SILENT_LOOKS = 12  # a minute: far more than a busy machine or a slow network keeps a beat back
+LATE_LOOKS = 120  # until the first: torch may come from a slow disk, or the model
 
 
 class Heart:
@@ -41,23 +41,34 @@ class Heart:
 
 
 class Watch:
-    """Who has been silent: by changes and this machine's clock, so old counts mean nothing."""
+    """Which of the ranks 1 to size - 1 have been silent.
 
-    def __init__(self, store: dist.Store) -> None:
-        self._store = store
-        self._heard: dict[int, tuple[int, float]] = {}
+    It goes by changes, since the counts may be older than the processes; and it counts its own
+    looks instead of seconds, since whoever was stopped for a while has heard nobody.
+    """
 
-    def silent(self, ranks: Iterable[int]) -> list[int]:
-        """Those not heard of in SILENT_SECONDS, or since they were first asked for here."""
-        found = []
-        for rank in ranks:
-            count, now = self._store.add(_name(rank), 0), time.monotonic()
-            before, since = self._heard.get(rank, (None, now))
-            if count != before:
-                self._heard[rank] = count, now
-            elif now - since > SILENT_SECONDS:
-                found.append(rank)
-        return found
+    def __init__(self, store: dist.Store, size: int) -> None:
+        self._store, self._looked = store, 0.0
+        self._counts: list[int | None] = [None] * size
+        self._looks, self._limits = [0] * size, [LATE_LOOKS] * size
+
+    def look(self) -> None:
+        """Hear everybody, if it is time."""
+        if time.monotonic() < self._looked + BEAT_SECONDS:
+            return
+        self._looked = time.monotonic()
+        for rank in range(1, len(self._counts)):
+            count = self._store.add(_name(rank), 0)
+            if count == self._counts[rank]:
+                self._looks[rank] += 1
+                continue
+            if self._counts[rank] is not None:
+                self._limits[rank] = SILENT_LOOKS
+            self._counts[rank], self._looks[rank] = count, 0
+
+    def is_lost(self, rank: int) -> bool:
+        """Whether it was silent for so many looks that it must be dead."""
+        return self._looks[rank] >= self._limits[rank]
 
 
 def _name(rank: int) -> str:

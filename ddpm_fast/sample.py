@@ -169,7 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     if (args.init is None) != (args.strength is None):
         raise ValueError("--init and --strength belong together: give both, or neither")
     indices = sample_range(args.start, args.num_samples)
-    with World() as world, one_voice(world), world.telling_failure():
+    world = World()
+    with one_voice(world), world, world.telling_failure():
         draw_all(args, indices, world)
     return 0
 

@@ -89,7 +89,7 @@ def test_a_restart_in_the_same_store_begins_anew(worlds):
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_a_failure_is_told_to_the_leader_who_would_wait_for_ever(worlds, early):
+def test_a_failure_is_told_to_the_leader(worlds, early):
     """After the others are done; before it knows of the run, as where a machine lacks the model."""
     leader, good, bad = both = worlds(3)
     leader.publish(b"")
@@ -111,53 +111,92 @@ def test_a_failure_is_told_to_the_leader_who_would_wait_for_ever(worlds, early):
         leader.others_left()
 
 
-def wait_until_they_ended(leader: World) -> None:
-    deadline = time.monotonic() + 20
-    while not leader.others_left():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+@pytest.fixture
+def hurried(monkeypatch):
+    """Every look of the leader is one in time for a beat, and three are a long silence."""
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(heartbeat, "SILENT_LOOKS", 3)
+    monkeypatch.setattr(heartbeat, "LATE_LOOKS", 10)
 
 
-def test_a_killed_process_is_missed(worlds, monkeypatch):
-    """It stands still, as its counter does when it is killed: no word of it ever comes."""
-    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 1.0)
-    leader, good, bad = both = worlds(3)
+def test_a_killed_process_is_missed_when_all_others_have_ended(worlds, hurried):
+    leader, _, last = worlds(3)
     leader.publish(b"")
-    with good, bad:
-        receive(both)
-        began = time.monotonic()
-        while time.monotonic() < began + 2:  # slow, and alive
-            assert not leader.others_left()
-            time.sleep(0.01)
-    good.leave()  # and from here on it is as silent as the other
-    with pytest.raises(OthersGoneError, match=r"^process 2 of 3 has given no sign of life in 1 s$"):
-        wait_until_they_ended(leader)
+    for _ in range(2):
+        for rank in (1, 2):
+            leader._store.add(f"beats/{rank}", 1)
+        assert not leader.others_left()
+    for _ in range(20):  # rank 2 draws on, and 1 is silent
+        leader._store.add("beats/2", 1)
+        assert not leader.others_left()
+    last._run = leader._run
+    last.leave()
+    with pytest.raises(OthersGoneError, match=r"^1 of 3 give no sign of life \(rank 1\)$"):
+        leader.others_left()
 
 
-def test_who_has_left_is_not_missed(worlds, monkeypatch):
-    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 0.2)
-    leader, early, late = both = worlds(3)
+@pytest.mark.parametrize("stale", [0, 7])
+def test_a_process_may_be_late_but_not_for_ever(worlds, hurried, stale):
+    """stale: what its like in an earlier start has left in the store."""
+    leader = worlds(2)[0]
     leader.publish(b"")
-    receive(both)
-    early.leave()
-    with late:
-        threading.Timer(1, late.leave).start()
-        wait_until_they_ended(leader)
+    leader._store.add("beats/1", stale)
+    assert [leader.others_left() for _ in range(10)] == [False] * 10
+    with pytest.raises(OthersGoneError, match="rank 1"):
+        leader.others_left()
 
 
-def test_a_heart_stops_with_its_block(worlds):
-    def hearts() -> int:
-        return sum(thread.name == "heartbeat" for thread in threading.enumerate())
+def test_how_a_process_ended_outlasts_its_silence(worlds, hurried):
+    leader, left, failed, slow = both = worlds(4)
+    leader.publish(b"")
+    for other in both[1:]:
+        other._run, other._knows_run = leader._run, True
+    left.leave()
+    with pytest.raises(OSError), failed.telling_failure():
+        raise OSError
+    for _ in range(20):
+        leader._store.add("beats/3", 1)
+        assert not leader.others_left()
+    slow.leave()
+    with pytest.raises(OthersGoneError, match=r"^1 of 4 processes failed$"):
+        leader.others_left()
+
+
+def test_looks_are_as_rare_as_beats(worlds, monkeypatch):
+    monkeypatch.setattr(heartbeat, "LATE_LOOKS", 1)
+    leader = worlds(2)[0]
+    leader.publish(b"")
+    assert [leader.others_left() for _ in range(50)] == [False] * 50
+
+
+def test_a_heart_beats_in_its_block_alone(worlds, monkeypatch):
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
+
+    def beats(rank: int) -> int:
+        return leader._store.add(f"beats/{rank}", 0)
 
     leader, other = worlds(2)
-    with leader:
-        assert hearts() == 0
-        with pytest.raises(OSError), other:
-            assert hearts() == 1
-            raise OSError
-    assert hearts() == 0
+    with pytest.raises(OSError), leader, other:
+        deadline = time.monotonic() + 20
+        while beats(1) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise OSError
+    last = beats(1)
+    time.sleep(0.1)
+    assert beats(1) == last >= 5 and beats(0) == 0
+
+
+def test_a_heart_is_quiet_when_the_store_is_gone(worlds, monkeypatch):
+    def lost(*_: object) -> None:
+        raise dist.DistNetworkError("Failed to recv, got 0 bytes.")
+
+    other = worlds(2)[1]
+    monkeypatch.setattr(other._heart, "_store", SimpleNamespace(add=lost))
+    complaints = []
+    monkeypatch.setattr(threading, "excepthook", complaints.append)
+    with other:
+        other._heart._thread.join(20)
+    assert complaints == []
 
 
 def test_a_world_of_one_needs_nobody(monkeypatch):

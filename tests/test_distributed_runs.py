@@ -25,11 +25,24 @@ COMMON = ["--num-samples", SAMPLES, "--batch-size", 4, "--steps", 10, "--dtype",
 COMMON += ["--device", "cpu", "--threads", 1]  # whose number can change a last bit
 
 
+# The command where beats and silences are shorter, and all but the leader dawdle in the end.
+HURRIED = """
+import os, sys, time
+from ddpm_fast import cli, heartbeat, output, sample
+heartbeat.BEAT_SECONDS, heartbeat.SILENT_LOOKS, heartbeat.LATE_LOOKS = 0.1, 40, 40
+drain = output.Output.drain
+dawdle = float(os.environ["DAWDLE"]) * (os.environ["RANK"] != "0")
+output.Output.drain = lambda self: (time.sleep(dawdle), drain(self))
+sys.exit(cli.run(sample.main, "ddpm_fast.sample"))
+"""
+
+
 def start(
-    arguments: list[object], module: str = "ddpm_fast.sample", **environment: object
+    arguments: list[object], module: str | None = "ddpm_fast.sample", **environment: object
 ) -> subprocess.Popen:
+    program = ["-c", HURRIED] if module is None else ["-m", module]
     return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -37,17 +50,19 @@ def start(
     )
 
 
-def start_ranks(size: int, arguments: list[object], *own: list[object]) -> list[subprocess.Popen]:
+def start_ranks(
+    size: int, arguments: list[object], *own: list[object], **settings: object
+) -> list[subprocess.Popen]:
     """The processes as a cluster's scheduler would start them; rank 0 has the store.
 
-    own: what each is told alone, if anything.
+    own: what each is told alone, if anything. settings: of `start`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     words = [[*arguments, *more] for more in own or [()] * size]
-    return [start(words[rank], RANK=rank, **place) for rank in range(size)]
+    return [start(words[rank], RANK=rank, **place, **settings) for rank in range(size)]
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -148,3 +163,24 @@ def test_a_process_without_the_folder(arguments, tmp_path):
     standing = f"{SAMPLES} of {SAMPLES} samples are in {tmp_path / 'out'}; run it again to go on"
     assert said[0] == f"ddpm_fast.sample: 1 of 2 processes failed: {standing}"
     assert said[1].startswith("ddpm_fast.sample: [Errno 2] No such file or directory")
+
+
+@in_proc
+def test_a_process_killed_without_torchrun(arguments, tmp_path):
+    """As on another machine: nobody but the leader can miss it."""
+    leader, other = processes = start_ranks(2, arguments, module=None, DAWDLE=600)
+    wait_until_all_draw(processes, tmp_path / "out")
+    other.kill()
+    other.communicate()
+    _, err = leader.communicate(timeout=120)
+    assert leader.returncode == 1
+    said = err.splitlines()[-1]
+    assert said.startswith("ddpm_fast.sample: 1 of 2 give no sign of life (rank 1): ")
+    assert f" of {SAMPLES} samples are in " in said
+
+
+def test_a_process_slower_than_any_silence(arguments, tmp_path):
+    leader, other = start_ranks(2, arguments, module=None, DAWDLE=8)
+    said = [process.communicate(timeout=120) for process in (leader, other)]
+    assert [leader.returncode, other.returncode] == [0, 0], said
+    assert (tmp_path / "out" / "grid.png").is_file()
