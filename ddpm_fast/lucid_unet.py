@@ -1,6 +1,6 @@
 """The U-Net of lucidrains/denoising-diffusion-pytorch (2.x), whose blocks are not Ho et al.'s.
 
-Here for its trained models; `unet` is the one to train. What differs: norms after the convolutions,
+Here for its trained models; new ones are `unet`. What differs: norms after the convolutions,
 by the root mean square (Zhang & Sennrich 2019, arXiv:1910.07467); linear attention (Shen et al.
 2018, arXiv:1812.01243) at all levels but some, and learned keys and values beside the image's own;
 two skips per level; 2x2 patches and a convolution of size 1 instead of a strided one; and the first

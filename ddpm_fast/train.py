@@ -116,9 +116,11 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """How the model was made, for its file."""
         start = self.trainer.model
+        trained_before = {"from": {**start.provenance, "sha256": start.sha256}}
         return {
             "command": ["python", "-m", "ddpm_fast.train", *self.args.command],
-            **({"from": {"sha256": start.sha256, **start.provenance}} if start.sha256 else {}),
+            **(trained_before if start.sha256 else {}),
+            **({"conventions": start.conventions} if start.conventions else {}),
             "data": self.trainer.data.checksums,
             "step": self.trainer.step_count,
             "seconds": round(self.seconds),
@@ -129,19 +131,23 @@ class Run:
     def sample(self) -> None:
         """A grid of 64 samples of the averaged weights, by at most 50 steps of DDIM.
 
-        A grid that fails (memory, disk, an early model that overflows) does not end the training.
+        A grid that fails (memory, disk, an early model that overflows, a schedule that DDIM cannot
+        begin with) does not end the training.
         """
         model = self.trainer.averaged()
         if not is_picture(model.config.sample_shape):
             return
         steps = min(50, model.schedule.num_timesteps)
+        always = model.config.num_classes is not None and model.config.null_class == "none"
+        classes = [*range(model.config.num_classes)] if always else None
         folder = self.out / "samples"
         try:
-            x = Sampler.from_model(model, method="ddim", steps=steps).sample(64, batch_size=16)
+            sampler = Sampler.from_model(model, method="ddim", steps=steps)
+            x = sampler.sample(64, classes=classes, batch_size=16)
             folder.mkdir(exist_ok=True)
             with replacing(folder / f"{self.trainer.step_count:07d}.png") as partial:
                 write_grid(partial, to_uint8(x))
-        except (RuntimeError, OSError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             tqdm.write(f"no sample grid: {error}", file=sys.stderr)
 
     def train(self) -> int:
@@ -179,8 +185,12 @@ def main(argv: list[str] | None = None) -> int:
     dtype = resolve_dtype(args.dtype, device)
     data = load_dataset(args.data, args.size)
     model = initial_model(args, data, device)
+    print(*model.conventions, sep="\n", end="\n" if model.conventions else "")
     run = Run(args, Trainer(model, data, settings, dtype))
     run.start()
+    labels_are_lost = data.labels is not None and model.config.num_classes is None
+    if args.model and labels_are_lost and not args.unconditional:
+        print(f"{args.model} has no classes: the labels are not used")
     parameters = sum(p.numel() for p in model.unet.parameters())
     print(
         f"{len(data)} samples of {tuple(data.samples.shape[1:])}, {parameters:,} parameters, "

@@ -32,7 +32,7 @@ class _OfNewNetwork(argparse.Action):
 
     def __call__(self, parser: Any, args: Any, values: Any, option: str | None = None) -> None:
         setattr(args, self.dest, values)
-        args.of_new_network = [*args.of_new_network, option]
+        args.of_new_network = option
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--size", type=cli.size, help="scale and crop a folder's images to HxW")
     p.add_argument("--unconditional", action="store_true", help="ignore the data's labels")
-    p.add_argument("--model", help="a model to train further, as of ddpm_fast.sample")
-    p.set_defaults(of_new_network=[])
+    p.add_argument("--model", help="train this one further, not a new one; as of ddpm_fast.sample")
+    p.set_defaults(of_new_network=None)
 
     group = p.add_argument_group("a new network, where there is no --model")
     new = partial(group.add_argument, action=_OfNewNetwork)
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         ("weight_decay", "of AdamW"),
         ("ema", "decay of the averaged weights"),
         ("clip_grad", "largest gradient norm"),
-        ("null_probability", "share of labels replaced by the null class"),
+        ("null_probability", "share of labels replaced by the null class, if there is one"),
         ("seed", "of everything random"),
     ):
         option, default = f"--{name.replace('_', '-')}", defaults[name]
@@ -95,8 +95,8 @@ def initial_model(args: argparse.Namespace, data: Dataset, device: torch.device)
         return _new_model(args, data, device)
     if args.of_new_network:
         raise ValueError(
-            f"{args.of_new_network[0]} is for a new network, and --model brings its own: give one "
-            f"of the two"
+            f"{args.of_new_network} is for a new network, and --model brings its own: give one of "
+            f"the two"
         )
     model = load_model(args.model, device)
     if args.unconditional and model.config.num_classes is not None:

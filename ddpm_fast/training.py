@@ -199,6 +199,7 @@ class Trainer:
             del settings["steps"]
         return {
             "settings": settings,
+            "model": self.model.sha256 or None,
             "unet": self.model.config.to_dict(),
             "schedule": self.model.schedule.config(),
             "prediction_type": self.model.prediction_type,

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peer_fixtures import write_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
-from training import ENVIRONMENT, arguments, command, here, losses
+from training import ENVIRONMENT, NETWORK, arguments, command, here, losses
 
 from ddpm_fast.checkpoint import Model, load_model, save_model
 from ddpm_fast.lucid_unet import LucidUNet, LucidUNetConfig
@@ -168,16 +169,49 @@ def test_a_model_is_trained_further(finished, data_file, tmp_path):
     assert load_model(tmp_path).provenance["step"] == 5
 
 
-def test_a_network_of_another_code_base_is_trained_further(data_file, tmp_path):
+@pytest.mark.parametrize("name", ["diffusers_adm", "w86763777"])
+def test_another_code_bases_model_is_trained_further(tmp_path, capsys, name):
+    """One with classes and no null class, and one without classes; the data have labels."""
+    path = write_checkpoint(name, tmp_path)
+    start = load_model(path)
+    assert start.config.null_class == "none" and start.conventions
+    samples = np.random.default_rng(0).uniform(-1, 1, (9, *start.config.sample_shape))
+    np.savez(tmp_path / "a.npz", samples, np.arange(9) % 3)
+    out, more = tmp_path / "run", ("--steps", 2, "--sample-every", 2, "--lr", 1e-5)
+    assert here(tmp_path / "a.npz", out, "--model", path, *more) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[: len(start.conventions)] == start.conventions
+    unused = f"{path} has no classes: the labels are not used"
+    assert (unused in said) == (start.config.num_classes is None)
+    trained = load_model(out)
+    assert (trained.config, trained.clip_denoised) == (start.config, start.clip_denoised)
+    assert trained.variance_type == start.variance_type
+    for key, value in trained.unet.state_dict().items():
+        assert (value - start.unet.state_dict()[key]).abs().max() < 5e-5
+    assert trained.conventions == start.conventions
+    assert trained.provenance["from"]["family"] == start.provenance["family"]
+    assert (out / "samples" / "0000002.png").is_file()
+
+
+def test_lucidrains_network_is_trained_further(data_file, tmp_path):
     config = LucidUNetConfig(1, (8, 8), 8, 8, (1, 2), (False, True), (2, 2), (4, 4))
     start = Model(LucidUNet(config), NoiseSchedule.cosine(20), clip_denoised=False)
     save_model(tmp_path / "start.safetensors", start)
-    out = tmp_path / "run"
-    model = ("--model", tmp_path / "start.safetensors")
+    out, model = tmp_path / "run", ("--model", tmp_path / "start.safetensors")
     assert here(data_file, out, *model, "--steps", 2, "--sample-every", 2) == 0
     trained = load_model(out)
     assert (trained.config, trained.clip_denoised) == (config, False)
     assert (out / "samples" / "0000002.png").is_file()
+
+
+def test_a_run_goes_on_from_the_model_that_it_began_with(finished, data_file, tmp_path, capsys):
+    begun = ("--model", finished[0])
+    assert here(data_file, tmp_path, *begun, "--steps", 2) == 0
+    for other in (("--model", tmp_path), ("--resume", *NETWORK)):
+        assert here(data_file, tmp_path, "--resume", *other, "--steps", 4) == 1
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and "was made with other model" in errors
+    assert load_model(tmp_path).provenance["step"] == 2
 
 
 def test_a_checkpoint_that_cannot_go_on_is_a_failure(finished, data_file, tmp_path, capsys):
