@@ -30,7 +30,9 @@ def test_the_example(tmp_path, capsys):
     torch.testing.assert_close(got["fused"], wanted, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         output = model.unet(got["fused"], torch.zeros_like(digits), digits)
-    torch.testing.assert_close(got["unet"], output, rtol=1e-5, atol=1e-5)
+    # Of the largest value: float32's own rounding of this network, another one for each batch.
+    tolerance = 1e-5 * float(output.abs().max())
+    torch.testing.assert_close(got["unet"], output, rtol=0, atol=tolerance)
     assert "portable_step.pt2: 6." in capsys.readouterr().out
 
 
