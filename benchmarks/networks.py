@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_fast.checkpoint import Model, load_model
 from ddpm_fast.schedule import NoiseSchedule
@@ -39,6 +38,9 @@ def inputs(model: Model, n: int) -> tuple[Tensor, Tensor]:
 
 def flop_of(model: Model) -> int:
     """Of one image's convolutions and linear layers, as the trained network has them."""
+    # Here, since it takes memory (Triton's) that the engines' own processes need not.
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter:
         model.unet(*inputs(model, 1))
     counted = counter.get_flop_counts()["Global"]

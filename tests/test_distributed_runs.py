@@ -91,6 +91,15 @@ def wait_for(out: Path, pictures: int) -> None:
         time.sleep(0.02)
 
 
+def last_word_without(killed: subprocess.Popen, other: subprocess.Popen) -> str:
+    """What the other says last, which fails then."""
+    killed.kill()
+    killed.communicate()
+    _, err = other.communicate(timeout=120)
+    assert other.returncode == 1
+    return err.splitlines()[-1]
+
+
 @pytest.fixture
 def arguments(class_model_file, tmp_path) -> list[object]:
     return ["--model", class_model_file, *COMMON, "--out", tmp_path / "out"]
@@ -145,11 +154,7 @@ def test_the_others_end_when_the_leader_is_gone(arguments, tmp_path):
     leader, other = processes = start_ranks(2, [*arguments, "--num-samples", 5000])
     wait_until_all_draw(processes, tmp_path / "out")
     wait_for(tmp_path / "out", 10)
-    leader.kill()
-    leader.communicate()
-    _, err = other.communicate(timeout=120)
-    assert other.returncode == 1
-    said = err.splitlines()[-1]
+    said = last_word_without(leader, other)
     assert said.startswith("ddpm_fast.sample: the other processes are gone: ")
     assert " of 5000 samples are in " in said
 
@@ -170,11 +175,7 @@ def test_a_process_killed_without_torchrun(arguments, tmp_path):
     """As on another machine: nobody but the leader can miss it."""
     leader, other = processes = start_ranks(2, arguments, module=None, DAWDLE=600)
     wait_until_all_draw(processes, tmp_path / "out")
-    other.kill()
-    other.communicate()
-    _, err = leader.communicate(timeout=120)
-    assert leader.returncode == 1
-    said = err.splitlines()[-1]
+    said = last_word_without(other, leader)
     assert said.startswith("ddpm_fast.sample: 1 of 2 give no sign of life (rank 1): ")
     assert f" of {SAMPLES} samples are in " in said
 
