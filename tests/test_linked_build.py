@@ -14,8 +14,9 @@ import torch
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 FLAGS = ["-std=c++20", "-fsyntax-only", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-DDDPM_FAST_WITH_CUDA", "-DUSE_CUDA"]
-# As CMakeLists.txt has them for torch's operators.
-FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+# As CMakeLists.txt has them: torch's headers for its operators, pybind11's for the rest.
+OF_TORCH = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+OF_TORCH += ["-isystem", str(Path(torch.__file__).parent / "include")]
 
 
 @pytest.mark.parametrize("source", ["torch_step.cpp", "while_loop_bindings.cpp"])
@@ -24,9 +25,8 @@ def test_the_branch_with_cuda_compiles(source):
     cxx = shutil.which(os.environ.get("CXX", "c++").split(" ")[0])
     if cxx is None:
         pytest.skip("no C++ compiler")
-    torch_headers = str(Path(torch.__file__).parent / "include")
-    headers = [torch_headers, pybind11.get_include(), sysconfig.get_path("include")]
-    included = [flag for path in headers for flag in ("-isystem", path)]
-    command = [cxx, *FLAGS, *included, str(CSRC / source)]
+    own = OF_TORCH if source.startswith("torch") else ["-isystem", pybind11.get_include()]
+    python = ["-isystem", sysconfig.get_path("include")]
+    command = [cxx, *FLAGS, *own, *python, str(CSRC / source)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[:3000]
