@@ -72,10 +72,10 @@ def start(processes: int, *arguments: object) -> list[subprocess.Popen]:
     ]
 
 
-def kill(processes: list[subprocess.Popen], chance: random.Random) -> None:
+def kill(processes: list[subprocess.Popen], chance: random.Random, longest: float) -> None:
     if chance.random() < 0.3:
         chance.choice(processes).kill()
-        time.sleep(0.2)
+        time.sleep(chance.uniform(0, longest))
     for process in processes:
         process.kill()
     for process in processes:
@@ -105,8 +105,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def killed_often(processes: int, kills: int, arguments: list[object], out: Path) -> list[int]:
-    """The samples that were there after each kill; RuntimeError if the last start fails."""
+def killed_often(
+    processes: int, kills: int, longest: float, arguments: list[object], out: Path
+) -> list[int]:
+    """The samples that were there after each kill; RuntimeError if the last start fails.
+
+    longest: seconds from a run's sign of life to a kill.
+    """
     chance, there = random.Random(), []
     for _ in range(kills):
         before, had = opened(out), count(out)
@@ -114,8 +119,8 @@ def killed_often(processes: int, kills: int, arguments: list[object], out: Path)
         early = chance.random() < 0.3
         while (opened(out) == before if early else count(out) == had) and run[0].poll() is None:
             time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.8))
-        kill(run, chance)
+        time.sleep(chance.uniform(0, longest))
+        kill(run, chance, longest)
         there.append(count(out))
     run = start(processes, *arguments, "--out", out)
     if any(process.wait() for process in run):
@@ -136,9 +141,12 @@ def main() -> None:
         for process in start(1, *arguments, "--out", folder / "whole"):
             process.wait()
         whole = contents(folder / "whole")
+        seconds = json.loads((folder / "whole" / "run.json").read_text())["speed"]["seconds"]
         for processes in args.processes:
             out = folder / str(processes)
-            there = killed_often(processes, args.kills, arguments, out)
+            # So that the kills are spread over the run, whatever the speed of the machine.
+            longest = seconds / min(processes, os.cpu_count() or 1) / args.kills
+            there = killed_often(processes, args.kills, longest, arguments, out)
             if contents(out) != whole:
                 sys.exit(f"{processes} processes: the folder differs from the undisturbed run's")
             figures[f"{processes} processes"] = there
