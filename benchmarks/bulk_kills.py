@@ -72,10 +72,10 @@ def start(processes: int, *arguments: object) -> list[subprocess.Popen]:
     ]
 
 
-def kill(processes: list[subprocess.Popen], chance: random.Random, longest: float) -> None:
+def kill(processes: list[subprocess.Popen], chance: random.Random) -> None:
     if chance.random() < 0.3:
         chance.choice(processes).kill()
-        time.sleep(chance.uniform(0, longest))
+        time.sleep(chance.uniform(0, 0.1))
     for process in processes:
         process.kill()
     for process in processes:
@@ -105,22 +105,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def killed_often(
-    processes: int, kills: int, longest: float, arguments: list[object], out: Path
-) -> list[int]:
+def killed_often(processes: int, kills: int, arguments: list[object], out: Path) -> list[int]:
     """The samples that were there after each kill; RuntimeError if the last start fails.
 
-    longest: seconds from a run's sign of life to a kill.
+    The kills are spread over the samples; the last tenth come when only the rest is to be written.
     """
     chance, there = random.Random(), []
-    for _ in range(kills):
+    for i in range(kills):
         before, had = opened(out), count(out)
+        early = chance.random() < 0.3  # before it has drawn any
+        spread = round(1.1 * NUM_SAMPLES * (i + chance.random()) / kills)
+        wanted = had if early else min(max(had + 1, spread), NUM_SAMPLES)
         run = start(processes, *arguments, "--out", out)
-        early = chance.random() < 0.3
-        while (opened(out) == before if early else count(out) == had) and run[0].poll() is None:
+        while (opened(out) == before or count(out) < wanted) and run[0].poll() is None:
             time.sleep(0.005)
-        time.sleep(chance.uniform(0, longest))
-        kill(run, chance, longest)
+        time.sleep(chance.uniform(0, 0.5 if wanted == NUM_SAMPLES else 0.05))
+        kill(run, chance)
         there.append(count(out))
     run = start(processes, *arguments, "--out", out)
     if any(process.wait() for process in run):
@@ -141,12 +141,9 @@ def main() -> None:
         for process in start(1, *arguments, "--out", folder / "whole"):
             process.wait()
         whole = contents(folder / "whole")
-        seconds = json.loads((folder / "whole" / "run.json").read_text())["speed"]["seconds"]
         for processes in args.processes:
             out = folder / str(processes)
-            # So that the kills are spread over the run, whatever the speed of the machine.
-            longest = seconds / min(processes, os.cpu_count() or 1) / args.kills
-            there = killed_often(processes, args.kills, longest, arguments, out)
+            there = killed_often(processes, args.kills, arguments, out)
             if contents(out) != whole:
                 sys.exit(f"{processes} processes: the folder differs from the undisturbed run's")
             figures[f"{processes} processes"] = there

@@ -38,7 +38,7 @@ def inputs(model: Model, n: int) -> tuple[Tensor, Tensor]:
 
 def flop_of(model: Model) -> int:
     """Of one image's convolutions and linear layers, as the trained network has them."""
-    # Here, since it takes memory (Triton's) that the engines' own processes need not.
+    # Here, since it loads Triton, whose memory would count in an engine's process.
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

@@ -188,7 +188,7 @@ def poisoned(number):
         pytest.param(
             with_("conv_in.bias", lambda t: torch.zeros(8, dtype=torch.complex64)),
             "no weight",
-            marks=pytest.mark.skipif(SAFETENSORS < (0, 7), reason="cannot write it before 0.7"),
+            marks=pytest.mark.skipif(SAFETENSORS < (0, 7), reason="written from 0.7 on"),
         ),
         (with_("conv_in.bias", lambda t: torch.zeros(8).to(torch.float8_e4m3fn)), "no weight"),
         (with_("conv_in.bias", lambda t: torch.zeros(8).double() + 1e300), "not finite"),

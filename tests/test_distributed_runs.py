@@ -92,7 +92,7 @@ def wait_for(out: Path, pictures: int) -> None:
 
 
 def last_word_without(killed: subprocess.Popen, other: subprocess.Popen) -> str:
-    """What the other says last, which fails then."""
+    """Kill one: the last line of the other, which must fail then."""
     killed.kill()
     killed.communicate()
     _, err = other.communicate(timeout=120)
